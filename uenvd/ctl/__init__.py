@@ -1,0 +1,1 @@
+"""uenvctl, the scientist's tool: one file per command, light imports."""

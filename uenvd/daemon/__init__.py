@@ -1,0 +1,1 @@
+"""uenvd itself: control socket, services, supervisor of workers."""

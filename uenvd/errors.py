@@ -1,0 +1,277 @@
+"""The one error tree.
+
+A class states what went wrong in general: its ``code`` (stable, used on the wire), its ``exit_status`` (unique, what a
+command line tool ends with) and a default ``hint`` (what the reader can do). An instance adds the particular message.
+Foreign exceptions are mapped to this tree once, in the shell that meets them; anything else that escapes is a bug.
+
+Exit statuses lie in 64..113: below are the shell's and the command's own, above are signals.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class UenvError(Exception):
+    """Root of the tree. ``str(error)`` is one or more lines for a human, without trailing newline."""
+
+    code: ClassVar[str] = "error"
+    exit_status: ClassVar[int] = 64
+    default_hint: ClassVar[str] = ""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = self.default_hint if hint is None else hint
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class InternalError(UenvError):
+    """A fault of this program, not of its user or its peers."""
+
+    code = "internal"
+    exit_status = 65
+    default_hint = "this is a bug in uenvd; its log has the details"
+
+
+class UsageError(UenvError):
+    """The command line or the request is malformed."""
+
+    code = "usage"
+    exit_status = 66
+
+
+class LabelError(UsageError):
+    """A label, description or view list does not follow the grammar; the message holds a caret."""
+
+    code = "label-syntax"
+    exit_status = 67
+    default_hint = "a label is name/version:tag@system%uarch, for example prgenv-gnu/23.11:v1"
+
+
+class UnknownLabel(UenvError):
+    """No image in the registry matches the label."""
+
+    code = "unknown-label"
+    exit_status = 68
+    default_hint = "list what there is with: uenvctl image find"
+
+
+class AmbiguousLabel(UenvError):
+    """More than one image matches; the message holds the table of candidates."""
+
+    code = "ambiguous-label"
+    exit_status = 69
+    default_hint = "add the version, :tag or %uarch of the one you want"
+
+
+class UnknownView(UenvError):
+    """The image has no such view, or several of the images have one."""
+
+    code = "unknown-view"
+    exit_status = 70
+
+
+class RegistryUnreachable(UenvError):
+    """The registry does not answer, or not in time."""
+
+    code = "registry-unreachable"
+    exit_status = 71
+    default_hint = "try again later; images that are already on this node can still be used by digest"
+
+
+class RegistryDenied(UenvError):
+    """The registry refuses the credentials, or asks for some."""
+
+    code = "registry-denied"
+    exit_status = 72
+    default_hint = "check the credentials that uenvd uses for this registry"
+
+
+class RegistryError(UenvError):
+    """The registry answered, but with an error or with something that is not the protocol."""
+
+    code = "registry-error"
+    exit_status = 73
+
+
+class NotFound(RegistryError):
+    """The registry has no such repository, tag, manifest or blob."""
+
+    code = "not-found"
+    exit_status = 74
+
+
+class DigestMismatch(UenvError):
+    """Bytes do not have the digest that was asked for; they were thrown away."""
+
+    code = "digest-mismatch"
+    exit_status = 75
+    default_hint = "the registry or something in between serves damaged data; nothing of it was used"
+
+
+class FormatError(UenvError):
+    """Bytes that are no valid squashfs image (or not one that can be served)."""
+
+    code = "bad-image"
+    exit_status = 76
+    default_hint = "check the file with: unsquashfs -s FILE"
+
+
+class ManifestError(UenvError):
+    """A manifest or its metadata is malformed, or is not that of a uenv image."""
+
+    code = "bad-manifest"
+    exit_status = 77
+
+
+class DaemonUnreachable(UenvError):
+    """Nobody listens on the control socket, or the peer there is not uenvd."""
+
+    code = "daemon-unreachable"
+    exit_status = 78
+    default_hint = "ask the site's administrators to start it: systemctl start uenvd"
+
+
+class DaemonTimeout(UenvError):
+    """uenvd listens but does not answer in time."""
+
+    code = "daemon-timeout"
+    exit_status = 79
+    default_hint = "uenvd may be stopped or overloaded; try again or tell the site's administrators"
+
+
+class ProtocolError(UenvError):
+    """A frame on the control socket breaks the protocol."""
+
+    code = "protocol"
+    exit_status = 80
+    default_hint = "uenvd and its client may be of different versions"
+
+
+class MountPointError(UenvError):
+    """The mount point is missing, is no directory or may not be used."""
+
+    code = "mount-point"
+    exit_status = 81
+
+
+class MountConflict(UsageError):
+    """Two images ask for one mount point, or one image is named twice."""
+
+    code = "mount-conflict"
+    exit_status = 82
+
+
+class NoMetadata(UenvError):
+    """The image does not say where it wants to be mounted and the user did not either."""
+
+    code = "no-metadata"
+    exit_status = 83
+    default_hint = "name a mount point: LABEL:/user-environment"
+
+
+class AccessDenied(UenvError):
+    """The user may not use this image, file or request."""
+
+    code = "access-denied"
+    exit_status = 84
+
+
+class WrongArchitecture(UenvError):
+    """The image is for another processor architecture than this node's."""
+
+    code = "wrong-architecture"
+    exit_status = 85
+
+
+class ConfigError(UenvError):
+    """The configuration is wrong; the message names file, line and key."""
+
+    code = "config"
+    exit_status = 86
+
+
+class StorageError(UenvError):
+    """The cache directory cannot be read or written."""
+
+    code = "storage"
+    exit_status = 87
+
+
+class StorageFull(StorageError):
+    """No room left for the image."""
+
+    code = "storage-full"
+    exit_status = 88
+    default_hint = "free space in the cache, or ask the site's administrators to"
+
+
+class InUse(UenvError):
+    """The image is in use and cannot be removed."""
+
+    code = "in-use"
+    exit_status = 89
+
+
+class MountFailed(UenvError):
+    """The kernel refused a mount or a namespace."""
+
+    code = "mount-failed"
+    exit_status = 90
+
+
+class WorkerFailed(UenvError):
+    """The process that serves the image ended before it served."""
+
+    code = "worker-failed"
+    exit_status = 91
+    default_hint = "uenvd's log has the worker's last words"
+
+
+class LimitExceeded(UenvError):
+    """The user has too many connections, mounts or pulls."""
+
+    code = "limit"
+    exit_status = 92
+    default_hint = "end some of your sessions, or ask for a higher limit"
+
+
+class SessionError(UenvError):
+    """The request does not fit the session (inside one already, or not inside one)."""
+
+    code = "session"
+    exit_status = 93
+
+
+class Cancelled(UenvError):
+    """Nobody waits for the operation any more, or uenvd stops."""
+
+    code = "cancelled"
+    exit_status = 94
+
+
+class ResourceMissing(UenvError):
+    """The machine lacks something that is needed: a program, /dev/fuse, user namespaces."""
+
+    code = "resource-missing"
+    exit_status = 95
+
+
+def _tree(root: type[UenvError]) -> list[type[UenvError]]:
+    found = [root]
+    for child in root.__subclasses__():
+        found.extend(_tree(child))
+    return found
+
+
+def by_code(code: str) -> type[UenvError]:
+    """Return the class with this wire code; `UenvError` for a code of a newer peer."""
+    return next((cls for cls in _tree(UenvError) if cls.code == code), UenvError)
+
+
+def all_errors() -> list[type[UenvError]]:
+    """Return every class of the tree, for tests and the reference page."""
+    return _tree(UenvError)

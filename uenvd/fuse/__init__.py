@@ -1,0 +1,1 @@
+"""An image tree served to the kernel: tree, transports, worker process."""

@@ -1,0 +1,1 @@
+"""uenvd-publish: builds, tests and publishes images."""
