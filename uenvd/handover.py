@@ -13,8 +13,10 @@ Names of descriptors:
 
 from __future__ import annotations
 
+import array
 import json
 import socket
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,7 +24,9 @@ from uenvd.errors import ProtocolError, UenvError, by_code
 from uenvd.views import ImageMeta
 
 VERSION = 1
-MAX_REPORT_BYTES = 192 * 1024  # one SEQPACKET datagram must fit the default socket buffer (net.core.wmem_default, 208 KiB)
+MAX_REPORT_BYTES = (
+    192 * 1024
+)  # one SEQPACKET datagram must fit the default socket buffer (net.core.wmem_default, 208 KiB)
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,19 @@ class WorkerReport:
             notes = tuple(str(note) for note in body.get("notes", ()))
             if "error" in body:
                 error = body["error"]
-                return cls(error=by_code(str(error["code"]))(str(error["message"]), hint=str(error["hint"])), notes=notes)
+                return cls(
+                    error=by_code(str(error["code"]))(str(error["message"]), hint=str(error["hint"])),
+                    notes=notes,
+                )
             meta = ImageMeta.from_wire(body["meta"]) if "meta" in body else None
             return cls(meta=meta, notes=notes)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ProtocolError(f"malformed worker report: {error}") from error
+
+
+def pack_descriptors(descriptors: Sequence[int]) -> bytes:
+    """Return the payload of an SCM_RIGHTS message."""
+    return array.array("i", descriptors).tobytes()
 
 
 def send_setup(channel: socket.socket, setup: WorkerSetup, descriptors: list[int]) -> None:

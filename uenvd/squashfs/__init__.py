@@ -1,1 +1,21 @@
-"""The squashfs 4.0 on-disk format: bytes in, values out, no I/O."""
+"""The squashfs 4.0 on-disk format: bytes in, values out, no I/O. `Image` is the way in."""
+
+from uenvd.squashfs.base import InodeRef, ReadAt
+from uenvd.squashfs.data import Block, Span
+from uenvd.squashfs.directory import DirEntry
+from uenvd.squashfs.image import Image
+from uenvd.squashfs.inode import Inode, Kind
+from uenvd.squashfs.superblock import Compressor, Superblock
+
+__all__ = [
+    "Block",
+    "Compressor",
+    "DirEntry",
+    "Image",
+    "Inode",
+    "InodeRef",
+    "Kind",
+    "ReadAt",
+    "Span",
+    "Superblock",
+]

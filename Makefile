@@ -1,0 +1,55 @@
+# Everything a developer does here. `make help` lists it.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv/bin
+PREFIX ?= /opt/uenvd
+DESTDIR ?=
+PYTEST_ARGS ?=
+
+.PHONY: help setup plugin demo test check check-python check-plugin bench install clean
+
+help: ## say what can be made
+	@printf 'uenvd: scientific software stacks as squashfs images\n\n'
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+setup: ## install packages, .venv and the plugin (as root; quick when done)
+	@scripts/setup.sh
+	@$(MAKE) plugin
+
+plugin: ## build the Slurm plugin
+	@$(MAKE) --silent -C slurm-plugin
+
+demo: setup ## the whole thing on this machine: registry, two-node Slurm, uenvd, jobs (root)
+	@$(VENV)/python scripts/demo.py
+
+test: setup ## prove that users can run it, then check, then all tests
+	@scripts/check-nobody.sh
+	@$(MAKE) check
+	@$(VENV)/pytest $(PYTEST_ARGS)
+
+check: check-python check-plugin ## linters, types, import rules, plugin under sanitizers
+
+check-python: # the same without the plugin
+	$(VENV)/ruff check --quiet .
+	$(VENV)/ruff format --quiet --check .
+	$(VENV)/mypy
+	$(VENV)/lint-imports --no-timing
+
+check-plugin: # the plugin's compiler warnings and its unit tests under ASan and UBSan
+	$(MAKE) -C slurm-plugin check
+
+bench: setup ## measure
+	@$(VENV)/pytest --quiet tests/bench $(PYTEST_ARGS)
+
+install: setup ## install below $(DESTDIR)$(PREFIX), units and plugin below $(DESTDIR)
+	@$(VENV)/python scripts/install_tree.py --destdir '$(DESTDIR)' --prefix '$(PREFIX)'
+	@$(MAKE) --silent -C slurm-plugin install DESTDIR='$(DESTDIR)'
+
+clean: ## remove what was built (the demo's downloads stay; see recipes/README.md)
+	@if [ -L .venv ]; then rm -rf "$$(readlink -f .venv)"; fi
+	@rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@$(MAKE) --silent -C slurm-plugin clean

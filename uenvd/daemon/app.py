@@ -1,0 +1,154 @@
+"""The daemon's life: what is set up in which order, the nursery, the end.
+
+Order matters: the private mount namespace is entered while the process has one thread; READY is said only when the
+socket answers. The end is a cancellation: workers and clones in use go on, everything else is given back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pwd
+import resource
+import signal
+import socket
+import stat
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from uenvd.cache.store import Store
+from uenvd.config import Config
+from uenvd.daemon.catalogue import Catalogue
+from uenvd.daemon.control import ControlServer
+from uenvd.daemon.mounter import Mounter
+from uenvd.daemon.notify import Notifier, inherited_listener
+from uenvd.daemon.peer import Identity
+from uenvd.daemon.pulls import Pulls
+from uenvd.daemon.served import ServedImages
+from uenvd.daemon.service import Service
+from uenvd.daemon.workers import WorkerPool
+from uenvd.errors import ConfigError, InUse, ResourceMissing
+from uenvd.mounts import PrivateMounts
+from uenvd.oci.reference import parse_registry
+from uenvd.oci.remote import open_remote
+
+log = logging.getLogger(__name__)
+
+_BACKLOG: Final = 128
+
+
+def run(config: Config) -> None:
+    """Run the daemon until SIGTERM or SIGINT. Raises errors of the tree when it cannot begin."""
+    if os.geteuid() != 0:
+        raise ResourceMissing(
+            "uenvd has to run as root", hint="without it, uenvctl run ./image.squashfs works for everybody"
+        )
+    worker = _worker_identity(config.worker_user)
+    _raise_descriptor_limit()
+    config.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+    listener = inherited_listener() or _listen(config.socket)
+    with listener:
+        private = PrivateMounts.create(config.run_dir / "mnt")
+        try:
+            trio.run(_serve, config, listener, private, worker, strict_exception_groups=True)
+        finally:
+            private.close()
+
+
+async def _serve(config: Config, listener: socket.socket, private: PrivateMounts, worker: Identity) -> None:
+    store = Store(config.cache_local)
+    await trio.to_thread.run_sync(store.prepare)
+    remote = open_remote(
+        parse_registry(config.registry.url),
+        auth_file=config.registry.auth_file,
+        ca_file=config.registry.ca_file,
+        timeout_read_s=config.registry.timeout_s,
+    )
+    notifier = Notifier()
+    mounter = Mounter(private)
+    workers = WorkerPool()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_on_signal, nursery.cancel_scope, notifier)
+            nursery.start_soon(workers.run)
+            pulls = Pulls(nursery, store)
+            served = ServedImages(
+                nursery,
+                store=store,
+                pulls=pulls,
+                mounter=mounter,
+                workers=workers,
+                worker_identity=worker,
+                worker_cache_bytes=config.worker_cache_bytes,
+                linger_s=config.linger_s,
+            )
+            catalogue = Catalogue(config, remote, store)
+            service = Service(config, catalogue=catalogue, store=store, pulls=pulls, served=served)
+            server = ControlServer(service.handle, connections_per_user=config.limits.connections)
+            service.connections = lambda: server.connections
+            await nursery.start(server.serve, listener)
+            nursery.start_soon(notifier.watchdog)
+            log.info("serving system %s from %s on %s", config.system, remote.address, config.socket)
+            notifier.ready(f"serving {config.system} from {remote.address}")
+    finally:
+        mounter.close()
+        remote.close()
+        log.info("stopped")
+
+
+async def _stop_on_signal(scope: trio.CancelScope, notifier: Notifier) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("%s: stopping; running mounts go on", signal.Signals(number).name)
+            notifier.stopping()
+            scope.cancel()
+            return
+
+
+def _worker_identity(name: str) -> Identity:
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        raise ConfigError(
+            f"worker.user: there is no user {name!r}",
+            hint="systemd-sysusers makes it from sysusers.d/uenvd.conf",
+        ) from None
+    if entry.pw_uid == 0:
+        raise ConfigError("worker.user: workers parse untrusted images and may not be root")
+    return Identity(entry.pw_uid, entry.pw_gid, ())
+
+
+def _raise_descriptor_limit() -> None:
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _listen(path: Path) -> socket.socket:
+    """Bind the control socket, replacing one that a dead daemon left. Raises `InUse`, `ConfigError`."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if path.exists() and stat.S_ISSOCK(path.lstat().st_mode):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(1.0)
+                try:
+                    probe.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink()
+                else:
+                    raise InUse(
+                        f"another uenvd serves {path}",
+                        hint="stop it first, or configure another control.socket",
+                    )
+        listener.bind(str(path))
+        path.chmod(0o666)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"control.socket: cannot listen on {path}: {error.strerror or error}") from error
+    except BaseException:
+        listener.close()
+        raise
+    return listener

@@ -1,0 +1,487 @@
+"""What each request of the control socket does (docs/protocol.md).
+
+Concurrency: a handler runs in its connection's task. A `Lease` hangs on the connection that asked for it and is given
+back, without a checkpoint, when that connection ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import trio
+
+from uenvd import __version__, mounts, protocol
+from uenvd.cache.store import Store
+from uenvd.config import Config
+from uenvd.daemon import requests, resolution
+from uenvd.daemon.catalogue import Catalogue, Image, Question
+from uenvd.daemon.control import Answer, Connection
+from uenvd.daemon.peer import Identity, identity_of
+from uenvd.daemon.pulls import Pulls
+from uenvd.daemon.requests import Wanted
+from uenvd.daemon.served import BlobSource, FileSource, Served, ServedImages
+from uenvd.errors import (
+    AccessDenied,
+    InUse,
+    LimitExceeded,
+    MountConflict,
+    SessionError,
+    UenvError,
+    UsageError,
+)
+from uenvd.label import Label, ViewName, parse_namespaced_label
+from uenvd.protocol import Request
+from uenvd.views import ImageMeta, ops_to_wire
+
+log = logging.getLogger(__name__)
+
+_MOUNT_BUDGET_S: Final = 2.0
+_SLOW_BUDGET_S: Final = 30.0
+
+
+@dataclass(eq=False)
+class Lease:
+    """What one `mount` request holds."""
+
+    name: str
+    owner: Identity
+    images: list[Wanted]
+    views: tuple[ViewName, ...]
+    served: list[Served]
+    points: list[str]
+    job: tuple[int, int] | None
+    since_s: float
+
+    @property
+    def ready(self) -> bool:
+        """Whether every file of every image can be read."""
+        return all(served.state == "serving" for served in self.served)
+
+
+class Service:
+    """The operations. One object a daemon."""
+
+    def __init__(
+        self, config: Config, *, catalogue: Catalogue, store: Store, pulls: Pulls, served: ServedImages
+    ) -> None:
+        self._config = config
+        self._catalogue = catalogue
+        self._store = store
+        self._pulls = pulls
+        self._served = served
+        self._leases: dict[str, Lease] = {}
+        self._mounts_of: Counter[int] = Counter()
+        self._pulls_of: Counter[int] = Counter()
+        self.connections: Callable[[], int] = lambda: 0
+
+    async def handle(self, connection: Connection, request: Request) -> Answer:
+        """Carry one request out. Raises errors of the tree, which become its final frame."""
+        match request.op:
+            case "resolve":
+                return await self._resolve(request)
+            case "mount":
+                return await self._mount(connection, request)
+            case "wait":
+                return await self._wait(connection, request)
+            case "idmap":
+                return await self._idmap(connection)
+            case "pull":
+                return await self._pull(connection, request)
+            case "find":
+                return await self._find(request)
+            case "images":
+                return await self._images(request)
+            case "inspect":
+                return await self._inspect(request)
+            case "status":
+                return await self._status()
+            case "evict":
+                return await self._evict(connection, request)
+            case _:
+                return await self._pin(connection, request)
+
+    # --- labels -----------------------------------------------------------------------------------------------------
+
+    async def _resolve(self, request: Request) -> Answer:
+        question = self._catalogue.question(refresh=request.refresh)
+        images = await requests.look_up(self._catalogue, request.uenv, request.cwd, question)
+        views = requests.wanted_views(request.view)
+        metas = [wanted.meta for wanted in images]
+        if all(wanted.mount is not None for wanted in images):
+            requests.mount_points(images, metas, None)
+        if all(meta is not None for meta in metas):
+            requests.environment(images, metas, views)
+        return Answer(
+            protocol.success(
+                resolved=",".join(str(wanted.pinned) for wanted in images),
+                images=[await self._describe(wanted) for wanted in images],
+                notes=question.notes,
+            )
+        )
+
+    async def _describe(self, wanted: Wanted) -> dict[str, Any]:
+        image = wanted.image
+        return {
+            "label": wanted.label,
+            "digest": wanted.digest,
+            "mount": wanted.mount,
+            "size_bytes": image.layer.size_bytes if image else None,
+            "cached": await self._is_cached(image) if image else True,
+            "views": [view.name for view in wanted.meta.views] if wanted.meta else None,
+            "default_view": wanted.meta.default_view if wanted.meta else None,
+        }
+
+    async def _is_cached(self, image: Image) -> bool:
+        return await trio.to_thread.run_sync(self._store.has, image.layer.digest)
+
+    async def _find(self, request: Request) -> Answer:
+        question = self._catalogue.question(refresh=request.refresh, budget_s=_SLOW_BUDGET_S)
+        wanted = parse_namespaced_label(request.uenv)
+        records = []
+        for found in await self._catalogue.find(wanted, question):
+            try:
+                image = await self._catalogue.image(found, question)
+            except UenvError as error:
+                question.note(f"{found.label}: {error.message}")
+                continue
+            records.append(await self._record(image))
+        return Answer(protocol.success(records=records, notes=question.notes))
+
+    async def _record(self, image: Image) -> dict[str, Any]:
+        label = image.found.label
+        return {
+            "name": label.name,
+            "version": label.version,
+            "tag": label.tag,
+            "system": label.system,
+            "uarch": label.uarch,
+            "namespace": label.namespace,
+            "digest": image.found.digest,
+            "size_bytes": image.layer.size_bytes,
+            "date": _date(image),
+            "cached": await self._is_cached(image),
+        }
+
+    async def _images(self, request: Request) -> Answer:
+        wanted = parse_namespaced_label(request.uenv)
+        wanted = wanted._replace(system=wanted.system or self._config.system)
+        records = []
+        for stored in await trio.to_thread.run_sync(self._store.images):
+            repository = resolution.Repository.parse(stored.repository)
+            if repository is None:
+                continue
+            for tag in stored.tags or (None,):
+                found = resolution.Found(repository, tag, stored.manifest.digest)
+                if wanted.matches(found.label._replace(digest=found.digest), name_prefix=True):
+                    image = Image(found, stored.manifest, stored.layer, stored.config)
+                    records.append(await self._record(image) | {"pinned": stored.pinned})
+        return Answer(protocol.success(records=records, notes=[]))
+
+    async def _inspect(self, request: Request) -> Answer:
+        question = self._catalogue.question(refresh=request.refresh)
+        wanted = await self._one(request, question)
+        image = wanted.image
+        if image is None:
+            raise UsageError("uenvd inspects images of the registry only", hint="uenvctl reads a file itself")
+        meta = wanted.meta or next(
+            (served.meta for served in self._served if served.digest == wanted.digest), None
+        )
+        uarch = image.found.repository.label.uarch
+        architecture = (image.config.architecture if image.config else None) or self._config.architecture_of(
+            uarch
+        )
+        return Answer(
+            protocol.success(
+                label=wanted.label,
+                digest=wanted.digest,
+                size_bytes=image.layer.size_bytes,
+                cached=await self._is_cached(image),
+                date=_date(image),
+                mount=meta.mount if meta else None,
+                description=meta.description if meta else None,
+                default_view=meta.default_view if meta else None,
+                views=[{"name": view.name, "description": view.description} for view in meta.views]
+                if meta
+                else None,
+                architecture=architecture,
+                annotations=dict(image.manifest.annotations),
+                notes=question.notes,
+            )
+        )
+
+    async def _one(self, request: Request, question: Question) -> Wanted:
+        images = await requests.look_up(self._catalogue, request.uenv, request.cwd, question)
+        if len(images) != 1:
+            raise UsageError(f"'{request.uenv}' names {len(images)} images where one is expected")
+        return images[0]
+
+    # --- mounts -----------------------------------------------------------------------------------------------------
+
+    async def _user_of(self, connection: Connection, request: Request) -> Identity:
+        if request.uid is None or request.uid == connection.peer.identity.uid:
+            return connection.peer.identity
+        if not connection.peer.is_root:
+            raise AccessDenied(f"uid {connection.peer.identity.uid} cannot speak for uid {request.uid}")
+        return await trio.to_thread.run_sync(identity_of, request.uid)
+
+    async def _mount(self, connection: Connection, request: Request) -> Answer:
+        owner = await self._user_of(connection, request)
+        question = self._catalogue.question(refresh=request.refresh, budget_s=_MOUNT_BUDGET_S)
+        images = await requests.look_up(self._catalogue, request.uenv, request.cwd, question)
+        requests.refuse_foreign(self._config, images)
+        views = requests.wanted_views(request.view)
+        metas = [wanted.meta for wanted in images]
+        points = requests.mount_points(images, metas, self._config.mount_points[0])
+        order = sorted(range(len(images)), key=lambda index: points[index])
+        images, points = [images[index] for index in order], [points[index] for index in order]
+        lease = self._begin_lease(connection, owner, images, views, points, request.job)
+        clones: list[int] = []
+        try:
+            for served in lease.served:
+                clones.append(await self._served.clone(served))
+            env, applied = self._environment(lease) if lease.ready else (None, "")
+        except BaseException:
+            for clone in clones:
+                os.close(clone)
+            self._end_lease(lease)
+            raise
+        log.info(
+            "uid %d mounts %s%s", owner.uid, request.uenv, f" for job {request.job[0]}" if request.job else ""
+        )
+        return Answer(
+            protocol.success(
+                lease=lease.name,
+                state="ready" if lease.ready else "waiting",
+                mounts=[
+                    {
+                        "mount": point,
+                        "digest": wanted.digest,
+                        "label": wanted.label,
+                        "source": served.mount_source,
+                        "guard": "listed" if requests.is_listed(self._config, point) else "owned",
+                    }
+                    for wanted, served, point in zip(lease.images, lease.served, lease.points, strict=True)
+                ],
+                env=env,
+                applied=applied,
+                notes=question.notes,
+            ),
+            clones,
+        )
+
+    def _begin_lease(
+        self,
+        connection: Connection,
+        owner: Identity,
+        images: list[Wanted],
+        views: tuple[ViewName, ...],
+        points: list[str],
+        job: tuple[int, int] | None,
+    ) -> Lease:
+        limit = self._config.limits.mounts
+        if owner.uid != 0 and self._mounts_of[owner.uid] + len(images) > limit:
+            raise LimitExceeded(
+                f"uid {owner.uid} has {self._mounts_of[owner.uid]} mounts on this node, the limit is {limit}"
+            )
+        served = [self._served.acquire(wanted.label, self._source(wanted, owner)) for wanted in images]
+        lease = Lease(secrets.token_hex(16), owner, images, views, served, points, job, time.time())
+        self._leases[lease.name] = lease
+        self._mounts_of[owner.uid] += len(images)
+        connection.on_close.append(lambda: self._end_lease(lease))
+        return lease
+
+    def _source(self, wanted: Wanted, owner: Identity) -> BlobSource | FileSource:
+        if wanted.image is None:
+            assert wanted.path is not None
+            return FileSource(wanted.path, owner)
+        image = wanted.image
+        return BlobSource(self._catalogue.remote, image)
+
+    def _end_lease(self, lease: Lease) -> None:
+        if self._leases.pop(lease.name, None) is None:
+            return
+        for served in lease.served:
+            self._served.release(served)
+        self._mounts_of[lease.owner.uid] -= len(lease.served)
+        if not self._mounts_of[lease.owner.uid]:
+            del self._mounts_of[lease.owner.uid]
+
+    def _environment(self, lease: Lease) -> tuple[list[list[Any]], str]:
+        """Work out the views of a lease whose images are all served; what was not known before is checked now."""
+        metas = [
+            _best_meta(wanted, served) for wanted, served in zip(lease.images, lease.served, strict=True)
+        ]
+        points = requests.mount_points(lease.images, metas, None)
+        for wanted, meant, used in zip(lease.images, points, lease.points, strict=True):
+            if meant != used:
+                raise MountConflict(
+                    f"'{wanted.label}' is made for {meant}, which could not be known before it was pulled; it was put at {used}",
+                    hint=f"say so in the request: {wanted.description}:{meant}",
+                )
+        ops, applied = requests.environment(lease.images, metas, lease.views)
+        return ops_to_wire(ops), applied
+
+    async def _wait(self, connection: Connection, request: Request) -> Answer:
+        lease = self._leases.get(request.lease)
+        if lease is None or connection.peer.identity.uid not in (0, lease.owner.uid):
+            raise SessionError(
+                "there is no such lease", hint="the connection that asked for the mount must stay open"
+            )
+        while not lease.ready:
+            for served in lease.served:
+                if served.error is not None:
+                    raise served.error
+                if served.state == "gone":
+                    raise SessionError(f"{served.label} is not served any more")
+            await connection.send(_progress(lease))
+            waiting = next(served for served in lease.served if served.state != "serving")
+            with trio.move_on_after(protocol.HEARTBEAT_S):
+                await waiting.changed.wait()
+        env, applied = self._environment(lease)
+        return Answer(protocol.success(env=env, applied=applied, notes=[]))
+
+    async def _idmap(self, connection: Connection) -> Answer:
+        peer = connection.peer
+        try:
+            process = await trio.to_thread.run_sync(mounts.open_process, peer.pid)
+        except OSError as error:
+            raise SessionError(f"the process {peer.pid} that asked is gone") from error
+        try:
+            # The directory pins the process: if it is alive and owned by the peer's uid now, it is the peer or another process
+            # of the same user, and the map grants that user nothing that he does not have.
+            if os.fstat(process).st_uid != peer.identity.uid:
+                raise SessionError(f"the process {peer.pid} has another user now")
+            gids = [peer.identity.gid, *peer.identity.groups]
+            await trio.to_thread.run_sync(mounts.write_id_maps, process, peer.identity.uid, gids)
+        finally:
+            os.close(process)
+        return Answer(protocol.success())
+
+    # --- the cache --------------------------------------------------------------------------------------------------
+
+    async def _pull(self, connection: Connection, request: Request) -> Answer:
+        uid = connection.peer.identity.uid
+        if uid != 0 and self._pulls_of[uid] >= self._config.limits.pulls:
+            raise LimitExceeded(f"uid {uid} has {self._pulls_of[uid]} pulls under way on this node")
+        self._pulls_of[uid] += 1
+        try:
+            question = self._catalogue.question(refresh=request.refresh, budget_s=_SLOW_BUDGET_S)
+            images = await requests.look_up(self._catalogue, request.uenv, request.cwd, question)
+            for wanted in images:
+                if wanted.image is not None:
+                    await self._pull_one(connection, wanted.label, wanted.image)
+            described = [await self._describe(wanted) for wanted in images]
+            return Answer(protocol.success(images=described, notes=question.notes))
+        finally:
+            self._pulls_of[uid] -= 1
+
+    async def _pull_one(self, connection: Connection, label: str, image: Image) -> None:
+        if not await self._is_cached(image):
+            async with self._pulls.join(self._catalogue.remote, image) as pull:
+                while not pull.ended.is_set():
+                    text = _pulling(label, pull.done_bytes, image.layer.size_bytes)
+                    await connection.send(
+                        protocol.progress("pull", pull.done_bytes, image.layer.size_bytes, text)
+                    )
+                    with trio.move_on_after(protocol.HEARTBEAT_S):
+                        await pull.ended.wait()
+                if pull.error is not None:
+                    raise pull.error
+        await self._pulls.record(image)
+
+    async def _evict(self, connection: Connection, request: Request) -> Answer:
+        if not connection.peer.is_root:
+            raise AccessDenied("only root may evict images from the node's cache")
+        stored = await self._stored(request)
+        for served in self._served:
+            if served.digest == stored:
+                raise InUse(f"{served.label} is in use on this node ({served.leases} leases)")
+        freed = await trio.to_thread.run_sync(self._store.evict, stored)
+        return Answer(protocol.success(freed_bytes=freed))
+
+    async def _pin(self, connection: Connection, request: Request) -> Answer:
+        if not connection.peer.is_root:
+            raise AccessDenied("only root may pin images in the node's cache")
+        await trio.to_thread.run_sync(self._store.pin, await self._stored(request), request.pin)
+        return Answer(protocol.success())
+
+    async def _stored(self, request: Request) -> str:
+        """Return the manifest digest of one image, whether its tag still exists in the registry or not."""
+        label = requests.parse_descriptions(request.uenv)[0].label
+        if label is None:
+            raise UsageError(f"'{request.uenv}' is no image of the cache")
+        if label.digest is not None:
+            return label.digest
+        wanted = label._replace(system=label.system or self._config.system)
+        found = []
+        for stored in await trio.to_thread.run_sync(self._store.images):
+            repository = resolution.Repository.parse(stored.repository)
+            if repository is not None:
+                tags = stored.tags or (None,)
+                found += [resolution.Found(repository, tag, stored.manifest.digest) for tag in tags]
+        matching = [one for one in found if wanted._replace(namespace=None).matches(one.label)]
+        return resolution.choose(Label(*wanted), matching, {}).digest
+
+    async def _status(self) -> Answer:
+        used, free = await trio.to_thread.run_sync(self._store.usage)
+        return Answer(
+            protocol.success(
+                version=__version__,
+                system=self._config.system,
+                uarch=self._config.uarch,
+                registry=str(self._catalogue.remote.address),
+                images=[
+                    {
+                        "digest": served.digest,
+                        "label": served.label,
+                        "state": served.state,
+                        "leases": served.leases,
+                        "done_bytes": served.done_bytes,
+                        "total_bytes": served.total_bytes,
+                        "worker": served.worker.pid if served.worker else None,
+                    }
+                    for served in self._served
+                ],
+                leases=[
+                    {
+                        "uid": lease.owner.uid,
+                        "labels": [wanted.label for wanted in lease.images],
+                        "job": lease.job,
+                    }
+                    for lease in self._leases.values()
+                ],
+                cache={"path": str(self._config.cache_local), "used_bytes": used, "free_bytes": free},
+                connections=self.connections(),
+            )
+        )
+
+
+def _best_meta(wanted: Wanted, served: Served) -> ImageMeta | None:
+    """Prefer what the registry tells (pinned by the digest that was asked for) to what the worker read."""
+    return wanted.meta or served.meta
+
+
+def _progress(lease: Lease) -> protocol.Frame:
+    waiting: Sequence[Served] = [served for served in lease.served if served.state != "serving"]
+    done = sum(served.done_bytes for served in waiting)
+    total = sum(served.total_bytes for served in waiting)
+    first = waiting[0]
+    if first.state == "pulling":
+        return protocol.progress("pull", done, total, _pulling(first.label, done, total))
+    return protocol.progress("start", done, total, f"starting {first.label}")
+
+
+def _pulling(label: str, done_bytes: int, total_bytes: int) -> str:
+    return f"pulling {label}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB"
+
+
+def _date(image: Image) -> str | None:
+    created = image.manifest.annotations.get("org.opencontainers.image.created")
+    return created or (image.config.created if image.config else None)

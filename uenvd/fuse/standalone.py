@@ -1,0 +1,194 @@
+"""``uenvd-fs IMAGE MOUNTPOINT``: mount and serve an image without daemon, a drop-in for ``squashfuse_ll``.
+
+As root the mount is made directly, as an ordinary user through fusermount3; libfuse does either. The image is shown as it is (device nodes
+and setuid bits too: whether they work is decided by the mount's ``dev`` and ``suid``, which are off unless root asks).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from uenvd import __version__
+from uenvd.errors import MountPointError, ResourceMissing, UenvError, UsageError, WorkerFailed
+from uenvd.fuse import worker
+from uenvd.fuse.faults import Faults
+from uenvd.fuse.pyfuse3_ops import Operations, serve
+from uenvd.mounts import FUSE_SUBTYPE
+
+USAGE = """\
+usage: uenvd-fs IMAGE MOUNTPOINT [-f] [-o OPTION[,OPTION]...]
+
+Serve a squashfs image at a directory. Ends when it is unmounted: fusermount3 -u MOUNTPOINT
+
+  -f            stay in the foreground; SIGINT and SIGTERM unmount
+  -o OPTION     allow_other    other users may enter, as the permission bits say
+                offset=BYTES   where in the file the image begins
+                cache=MIB      bound of decoded blocks kept in memory (default 64)
+                dev, suid      device nodes and setuid bits take effect (root only)
+                nodev, nosuid, exec, noexec, fsname=NAME    as for mount(8)
+                ro, default_permissions    always so
+  -h, --help    this text
+  -V, --version
+"""
+
+_FLAGS = frozenset({"allow_other", "dev", "nodev", "suid", "nosuid", "exec", "noexec"})
+_IMPLIED = frozenset({"ro", "default_permissions"})
+
+
+@dataclass
+class Command:
+    """A parsed command line."""
+
+    image: str
+    mountpoint: str
+    foreground: bool = False
+    offset_bytes: int = 0
+    cache_bytes: int = 64 << 20
+    fsname: str | None = None
+    flags: set[str] = field(default_factory=set)
+
+
+def parse(arguments: list[str]) -> Command:
+    """Parse the command line. Raises `UsageError`."""
+    words: list[str] = []
+    options: list[str] = []
+    foreground = False
+    rest = iter(arguments)
+    for word in rest:
+        if word == "--":
+            words.extend(rest)
+        elif word == "-f":
+            foreground = True
+        elif word == "-o":
+            value = next(rest, None)
+            if value is None:
+                raise UsageError("-o needs an option", hint="see: uenvd-fs --help")
+            options.extend(value.split(","))
+        elif word.startswith("-o"):
+            options.extend(word[2:].split(","))
+        elif word.startswith("-") and word != "-":
+            raise UsageError(f"unknown option {word}", hint="see: uenvd-fs --help")
+        else:
+            words.append(word)
+    if len(words) != 2:
+        raise UsageError(
+            f"an image and a mount point are needed, {len(words)} given", hint="see: uenvd-fs --help"
+        )
+    command = Command(words[0], words[1], foreground)
+    for option in filter(None, options):
+        _apply(command, option)
+    return command
+
+
+def _apply(command: Command, option: str) -> None:
+    key, equals, value = option.partition("=")
+    if not equals and key in _FLAGS:
+        command.flags.add(key)
+    elif key in ("offset", "cache") and value.isascii() and value.isdecimal() and len(value) < 16:
+        if key == "offset":
+            command.offset_bytes = int(value)
+        else:
+            command.cache_bytes = int(value) << 20
+    elif key == "fsname" and value:
+        command.fsname = value
+    elif equals or key not in _IMPLIED:
+        raise UsageError(f"unknown mount option {option!r}", hint="see: uenvd-fs --help")
+
+
+def _check_mountpoint(path: str) -> None:
+    try:
+        if not Path(path).is_dir():
+            kind = "is not a directory" if os.path.lexists(path) else "does not exist"
+            raise MountPointError(f"the mount point {path} {kind}", hint="make an empty directory for it")
+    except PermissionError as error:
+        raise MountPointError(f"the mount point {path} cannot be reached: {error.strerror}") from error
+
+
+def _check_fuse() -> None:
+    if not Path("/dev/fuse").exists():
+        raise ResourceMissing("there is no /dev/fuse", hint="load the kernel module: modprobe fuse")
+    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+        raise ResourceMissing("fusermount3 is not installed", hint="install the package fuse3")
+
+
+def _libfuse_options(command: Command) -> set[str]:
+    name = command.fsname or os.path.abspath(command.image)  # noqa: PTH100 - what was typed, links and all
+    shown = os.fsencode(name).decode("ascii", "backslashreplace").replace("\\", "\\\\").replace(",", "\\,")
+    return {"ro", "default_permissions", f"subtype={FUSE_SUBTYPE}", f"fsname={shown}", *command.flags}
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command; return the exit status. Errors go to stderr in the words of the error tree."""
+    if arguments in (["-h"], ["--help"]):
+        print(USAGE, end="")
+        return 0
+    if arguments in (["-V"], ["--version"]):
+        print(f"uenvd-fs {__version__}")
+        return 0
+    try:
+        return _mount(parse(arguments))
+    except UenvError as error:
+        print(f"uenvd-fs: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return error.exit_status
+
+
+def _mount(command: Command) -> int:
+    _check_mountpoint(command.mountpoint)
+    _check_fuse()
+    image = worker.open_image(command.image)
+    tree = worker.open_tree(
+        image,
+        command.image,
+        mask_privileged=False,
+        cache_bytes=command.cache_bytes,
+        offset_bytes=command.offset_bytes,
+    )
+    ready_read, ready_write = os.pipe()
+
+    def serving() -> None:
+        os.write(ready_write, b"+")
+        os.close(ready_write)
+
+    operations = Operations(tree, Faults(command.image), None if command.foreground else serving)
+    worker.session(operations, command.mountpoint, _libfuse_options(command))
+    if command.foreground:
+        os.close(ready_read)
+        os.close(ready_write)
+    elif os.fork() != 0:
+        os.close(ready_write)
+        served = os.read(ready_read, 1)
+        os._exit(0 if served else WorkerFailed.exit_status)
+    else:
+        os.close(ready_read)
+        _detach()
+    try:
+        trio.run(_serve)
+    finally:
+        pyfuse3.close(unmount=True)
+    return 0
+
+
+async def _serve() -> None:
+    await serve(terminate_on_signal=True)
+
+
+def _detach() -> None:
+    """Leave the terminal and the caller's directory, as a daemon does. stderr is kept until now for libfuse's words."""
+    os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.chdir("/")
+    null = os.open("/dev/null", os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    if null > 2:
+        os.close(null)

@@ -1,0 +1,270 @@
+"""An image as the kernel wants to see it, independent of the transport: inode numbers, attributes, listings, pieces of files.
+
+The number of an inode is computed from its reference in the image and back, so a server holds no state about what the kernel knows:
+any server of the image can answer any request about it. The root is 1, as FUSE demands.
+
+Errors: `OSError` (its errno is meant for the reader) and, for damaged images, `FormatError` (EIO); `uenvd.fuse.faults` maps them.
+Metadata functions are for one thread at a time and read the image file where it is not cached; `Tree.part` is for any thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from uenvd.errors import FormatError
+from uenvd.fuse.blocks import BlockCache
+from uenvd.fuse.listing import Listings
+from uenvd.squashfs import Block, Image, Inode, InodeRef, Kind, Span
+from uenvd.squashfs.base import GenerationCache
+
+ROOT_INO = 1
+_INO_OFFSET = 2  # references begin at 0, inode numbers other than the root's at 2
+_INODES_KEPT = 2048
+INLINE_BYTES = 8192
+"""A stored block up to this size is decoded where it is asked for: a thread costs more than the work."""
+_ZEROS = bytes(1 << 20)
+
+_TYPE_BITS = {
+    Kind.DIRECTORY: stat.S_IFDIR,
+    Kind.FILE: stat.S_IFREG,
+    Kind.SYMLINK: stat.S_IFLNK,
+    Kind.BLOCK_DEVICE: stat.S_IFBLK,
+    Kind.CHAR_DEVICE: stat.S_IFCHR,
+    Kind.FIFO: stat.S_IFIFO,
+    Kind.SOCKET: stat.S_IFSOCK,
+}
+
+Part = bytes | memoryview
+
+
+class Attributes(NamedTuple):
+    """What stat(2) tells. ``mode`` with the type bits; times are ``mtime_s`` all three; ``blocks`` in units of 512 bytes."""
+
+    ino: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    size_bytes: int
+    mtime_s: int
+    blocks: int
+
+
+class Listed(NamedTuple):
+    """One entry of a listing; ``next_offset`` continues behind it and stays valid for good."""
+
+    name: bytes
+    attributes: Attributes
+    next_offset: int
+
+
+class Tree:
+    """The tree of one image file.
+
+    Args:
+        image_fd: the image, open for reading; stays the caller's. Only `os.pread` is used on it.
+        mask_privileged: show no device numbers, setuid or setgid bits and no ``security.*`` attributes (file capabilities).
+        cache_bytes: bound of the decoded blocks kept.
+        offset_bytes: where in the file the image begins.
+
+    Raises:
+        FormatError: not a squashfs image that can be served.
+        OSError: it cannot be read.
+
+    """
+
+    def __init__(
+        self,
+        image_fd: int,
+        *,
+        mask_privileged: bool = True,
+        cache_bytes: int = 64 << 20,
+        offset_bytes: int = 0,
+    ) -> None:
+        self._fd = image_fd
+        self._offset_bytes = offset_bytes
+        self._mask_privileged = mask_privileged
+        size_bytes = os.fstat(image_fd).st_size - offset_bytes
+        self.image = Image(self._read_at, max(size_bytes, 0))
+        self.block_size_bytes = self.image.superblock.block_size_bytes
+        self.blocks = BlockCache(cache_bytes)
+        self._inodes: GenerationCache[int, Inode] = GenerationCache(_INODES_KEPT)
+        self._listings = Listings(self.image)
+
+    def _read_at(self, pos_bytes: int, size_bytes: int) -> bytes:
+        return os.pread(self._fd, size_bytes, self._offset_bytes + pos_bytes)
+
+    # -- metadata: one thread at a time
+
+    def ino_of(self, ref: InodeRef) -> int:
+        """Return the inode number of a reference."""
+        return ROOT_INO if ref == self.image.root else ref + _INO_OFFSET
+
+    def inode(self, ino: int) -> Inode:
+        """Return the inode of a number that this class has given out."""
+        found = self._inodes.get(ino)
+        if found is None:
+            if ino < ROOT_INO:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            found = self.image.inode(self.image.root if ino == ROOT_INO else InodeRef(ino - _INO_OFFSET))
+            self._inodes.put(ino, found)
+        return found
+
+    def attributes(self, ino: int) -> Attributes:
+        """Return the attributes of an inode."""
+        return self._attributes(ino, self.inode(ino))
+
+    def _attributes(self, ino: int, inode: Inode) -> Attributes:
+        mode, rdev = inode.mode, inode.rdev
+        if self._mask_privileged:
+            mode &= ~(stat.S_ISUID | stat.S_ISGID)
+            rdev = 0
+        size_bytes = inode.size_bytes
+        return Attributes(
+            ino,
+            mode | _TYPE_BITS[inode.kind],
+            inode.nlink,
+            inode.uid,
+            inode.gid,
+            rdev,
+            size_bytes,
+            inode.mtime_s,
+            (size_bytes + 511) >> 9,
+        )
+
+    def lookup(self, parent_ino: int, name: bytes) -> Attributes | None:
+        """Return the attributes of an entry of a directory, None when it has no such entry."""
+        entry = self.image.lookup(self._directory(parent_ino), name)
+        return None if entry is None else self.attributes(self.ino_of(entry.ref))
+
+    def listing(self, ino: int, offset: int) -> Iterator[Listed]:
+        """Yield the entries of a directory from an offset on: 0, or the ``next_offset`` of an entry. The first two are "." and ".."."""
+        directory = self._directory(ino)
+        if offset == 0:
+            yield Listed(b".", self._attributes(ino, directory), 1)
+        if offset <= 1:
+            parent = self.image.parent(directory) if ino != ROOT_INO else None
+            number = ROOT_INO if parent is None else self.ino_of(parent)
+            yield Listed(b"..", self._attributes(number, directory), 2)
+        with self._listings.open(ino, directory, max(offset - 2, 0)) as entries:
+            for index, entry in entries:
+                yield Listed(entry.name, self.attributes(self.ino_of(entry.ref)), index + 3)
+
+    def _directory(self, ino: int) -> Inode:
+        inode = self.inode(ino)
+        if inode.kind is not Kind.DIRECTORY:
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        return inode
+
+    def readlink(self, ino: int) -> bytes:
+        """Return the target of a symbolic link."""
+        inode = self.inode(ino)
+        if inode.kind is not Kind.SYMLINK:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return self.image.symlink_target(inode)
+
+    @property
+    def has_xattrs(self) -> bool:
+        """Whether any inode of the image may have extended attributes."""
+        return self.image.superblock.xattr_table_pos is not None
+
+    def xattrs(self, ino: int) -> dict[bytes, bytes]:
+        """Return the extended attributes of an inode by their full names."""
+        attributes = self.image.xattrs(self.inode(ino))
+        if self._mask_privileged:
+            return {name: value for name, value in attributes.items() if not name.startswith(b"security.")}
+        return attributes
+
+    def plan(self, ino: int, offset_bytes: int, size_bytes: int) -> list[Span]:
+        """Return which parts of which blocks make up a piece of a file; short or empty at its end."""
+        inode = self.inode(ino)
+        if inode.kind is not Kind.FILE:
+            raise OSError(
+                errno.EISDIR if inode.kind is Kind.DIRECTORY else errno.EINVAL, "not a regular file"
+            )
+        return self.image.spans(inode, offset_bytes, size_bytes)
+
+    # -- content
+
+    def peek(self, span: Span) -> Part | None:
+        """Return the bytes of a span if that takes no waiting: known, a hole, or little work on bytes in the page cache."""
+        block = span.block
+        if block.stored_bytes == 0:
+            return self._hole(span)
+        data = self.blocks.get(block)
+        if data is None:
+            if not block.compressed and _within(span):
+                return self._read_now(block.pos_bytes + span.start, span.stop - span.start)
+            if block.stored_bytes > INLINE_BYTES:
+                return None
+            stored = self._read_now(block.pos_bytes, block.stored_bytes)
+            if stored is None:
+                return None
+            data = self.image.decode(block, stored)
+            if _worth_keeping(span, data):
+                self.blocks.put(block, data)
+        return _cut(data, span)
+
+    def part(self, span: Span) -> Part:
+        """Return the bytes of a span; reads and decodes, so call it from a thread."""
+        block = span.block
+        if block.stored_bytes == 0:
+            return self._hole(span)
+        if not block.compressed and _within(span):
+            data = self._read_at(block.pos_bytes + span.start, span.stop - span.start)
+            if len(data) != span.stop - span.start:
+                raise FormatError("the image ends within a data block")
+            return data
+        return _cut(self.blocks.load(block, self._decode, keep=lambda data: _worth_keeping(span, data)), span)
+
+    def _decode(self, block: Block) -> bytes:
+        stored = self._read_at(block.pos_bytes, block.stored_bytes)
+        if len(stored) != block.stored_bytes:
+            raise FormatError("the image ends within a data block")
+        return self.image.decode(block, stored)
+
+    def _hole(self, span: Span) -> Part:
+        size = span.stop - span.start
+        return memoryview(_ZEROS)[:size] if size <= len(_ZEROS) else bytes(size)
+
+    def _read_now(self, pos_bytes: int, size_bytes: int) -> bytes | None:
+        """Read from the page cache; None when the bytes are not all there, or the file system cannot tell."""
+        buffer = bytearray(size_bytes)
+        try:
+            got = os.preadv(self._fd, [buffer], self._offset_bytes + pos_bytes, os.RWF_NOWAIT)
+        except OSError:
+            return None
+        return bytes(buffer) if got == size_bytes else None
+
+    def prefetch_metadata(self) -> None:
+        """Ask the kernel to read the metadata tables, which lie at the end of the image; does not wait for it."""
+        start = self.image.superblock.inode_table_pos
+        length = self.image.superblock.bytes_used - start
+        if length > 0:
+            os.posix_fadvise(
+                self._fd, self._offset_bytes + start, min(length, 64 << 20), os.POSIX_FADV_WILLNEED
+            )
+
+    def read(self, ino: int, offset_bytes: int, size_bytes: int) -> bytes:
+        """Return a piece of a file, decoding in the calling thread."""
+        return b"".join(self.part(span) for span in self.plan(ino, offset_bytes, size_bytes))
+
+
+def _within(span: Span) -> bool:
+    return span.stop <= span.block.stored_bytes
+
+
+def _worth_keeping(span: Span, data: bytes) -> bool:
+    """A block that one read consumed whole lies in the page cache of the mount from then on."""
+    return span.start > 0 or span.stop < len(data)
+
+
+def _cut(data: bytes, span: Span) -> Part:
+    if span.stop > len(data):
+        raise FormatError("a data block is shorter than the file needs it")
+    return data if span.start == 0 and span.stop == len(data) else memoryview(data)[span.start : span.stop]

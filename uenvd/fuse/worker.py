@@ -1,0 +1,182 @@
+"""uenvd-fs: the process that serves one squashfs image.
+
+``uenvd-fs IMAGE MOUNTPOINT [-f] [-o OPTION,...]`` mounts and serves an image by itself, as ``squashfuse_ll`` does; `uenvd.fuse.standalone`.
+
+``--supervised FD`` is for a parent that made the mount (the daemon, or uenvctl); `uenvd.handover` is the contract. Such a process may be
+started long before it is needed: it loads everything first and then waits for its setup. EOF in place of a setup ends it, status 0. It
+confines itself before it looks at the image, reports once, and serves until the kernel says ENODEV: status 0.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import os
+import socket
+import stat
+import sys
+
+import pyfuse3
+import trio
+
+from uenvd.errors import (
+    AccessDenied,
+    FormatError,
+    InternalError,
+    StorageError,
+    UenvError,
+    UsageError,
+    WorkerFailed,
+)
+from uenvd.fuse.confine import confine
+from uenvd.fuse.faults import Faults
+from uenvd.fuse.pyfuse3_ops import Operations, serve
+from uenvd.fuse.tree import Tree
+from uenvd.handover import WorkerReport, WorkerSetup, receive_setup
+from uenvd.squashfs import Kind
+from uenvd.views import MAX_FILE_BYTES, ImageMeta, read_image_meta
+
+_log = logging.getLogger("uenvd-fs")
+
+
+def open_image(path: str) -> int:
+    """Open an image file; return its descriptor. Raises `UsageError`, `AccessDenied`, `StorageError` with the reason."""
+    try:
+        # O_NONBLOCK: a FIFO must not hold us up; it means nothing for a regular file.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError as error:
+        message = f"cannot open {path}: {error.strerror}"
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            raise UsageError(message, hint="check the path of the image") from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise AccessDenied(
+                message, hint=f"it has to be readable for the user with uid {os.geteuid()}"
+            ) from error
+        raise StorageError(message) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UsageError(f"{path} is not a regular file", hint="give the path of a squashfs image")
+    return descriptor
+
+
+def open_tree(
+    image_fd: int, name: str, *, mask_privileged: bool, cache_bytes: int, offset_bytes: int = 0
+) -> Tree:
+    """Make the tree of an image. Raises `FormatError` or `StorageError` that names it."""
+    try:
+        tree = Tree(
+            image_fd, mask_privileged=mask_privileged, cache_bytes=cache_bytes, offset_bytes=offset_bytes
+        )
+        tree.prefetch_metadata()
+        tree.attributes(1)
+    except FormatError as error:
+        raise FormatError(f"{name}: {error.message}", hint=error.hint) from error
+    except OSError as error:
+        raise StorageError(f"cannot read {name}: {error.strerror}") from error
+    return tree
+
+
+def read_meta(tree: Tree, notes: list[str]) -> ImageMeta | None:
+    """Read the image's description of itself; damage in it costs the description, not the image, and is noted."""
+
+    def read_file(path: bytes) -> bytes | None:
+        inode = tree.image.find(path)
+        if inode is None or inode.kind is not Kind.FILE:
+            return None
+        if inode.size_bytes > MAX_FILE_BYTES:
+            notes.append(
+                f"{os.fsdecode(path)} in the image is too large to be read ({inode.size_bytes} bytes)"
+            )
+            return None
+        return tree.image.read_file(inode, MAX_FILE_BYTES)
+
+    return read_image_meta(read_file)
+
+
+def supervised(channel: socket.socket) -> int:
+    """Wait for the setup, confine, report, serve. Returns the exit status."""
+    if not channel.recv(1, socket.MSG_PEEK):
+        return 0
+    try:
+        try:
+            setup, descriptors = receive_setup(channel)
+            tree, name = _prepare(channel, setup, descriptors)
+            notes: list[str] = []
+            report = WorkerReport(meta=read_meta(tree, notes), notes=tuple(notes))
+            faults = Faults(name)
+            session(Operations(tree, faults), f"/dev/fd/{descriptors['fuse']}", {"default_permissions"})
+        except UenvError:
+            raise
+        except OSError as error:
+            raise StorageError(f"cannot read the image: {error.strerror}") from error
+        except Exception as error:
+            _log.exception("the worker cannot start")
+            raise InternalError(f"the worker cannot start: {type(error).__name__}: {error}") from error
+    except UenvError as error:
+        _report(channel, WorkerReport(error=error))
+        return 1
+    _report(channel, report)
+    trio.run(_serve_supervised)
+    return 0
+
+
+async def _serve_supervised() -> None:
+    await serve(terminate_on_signal=False)
+
+
+def _prepare(channel: socket.socket, setup: WorkerSetup, descriptors: dict[str, int]) -> tuple[Tree, str]:
+    if "fuse" not in descriptors or ("image" in descriptors) == (setup.path is not None):
+        raise WorkerFailed(
+            "the worker's setup must hold the fuse descriptor, and either the image or its path"
+        )
+    namespace = descriptors.get("mntns")
+    path = None if setup.path is None else os.path.abspath(setup.path)  # noqa: PTH100 - the directory is left, links are not ours
+    confine(
+        mount_namespace_fd=namespace,
+        uid=setup.uid,
+        gid=setup.gid,
+        groups=setup.groups,
+        keep=frozenset({channel.fileno(), *(fd for key, fd in descriptors.items() if key != "mntns")}),
+        cache_bytes=setup.cache_bytes,
+    )
+    image = descriptors["image"] if path is None else open_image(path)
+    tree = open_tree(image, setup.name, mask_privileged=setup.mask_privileged, cache_bytes=setup.cache_bytes)
+    return tree, setup.name
+
+
+def session(operations: Operations, mountpoint: str, options: set[str]) -> None:
+    """Begin the one libfuse session of this process. Raises `WorkerFailed`; libfuse has said why on stderr."""
+    try:
+        pyfuse3.init(operations, mountpoint, options)
+    except RuntimeError as error:
+        raise WorkerFailed(f"libfuse cannot serve {mountpoint}: {error}") from error
+    gc.collect()
+    gc.freeze()
+
+
+def _report(channel: socket.socket, report: WorkerReport) -> None:
+    """Send the report; a parent that is gone is no reason not to serve: its mount may be in use."""
+    try:
+        channel.send(report.encode())
+    except OSError as error:
+        _log.warning("nobody takes the worker's report: %s", error.strerror)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Console script."""
+    arguments = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    if len(arguments) == 2 and arguments[0] == "--supervised" and arguments[1].isdecimal():
+        with socket.socket(fileno=int(arguments[1])) as channel:
+            try:
+                return supervised(channel)
+            except KeyboardInterrupt:
+                return 130
+    from uenvd.fuse.standalone import run  # not needed by a supervised worker
+
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""A directory instead of a registry: an OCI image layout (image specification 1.1, ``image-layout.md``).
+
+``index.json`` lists every tagged manifest with the annotation ``org.opencontainers.image.ref.name`` = ``<repository>:<tag>``, which
+``skopeo … oci:DIR:<repository>:<tag>`` understands. It is replaced atomically under a lock, so several processes may push at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import local
+from typing import Any, Final, cast
+
+from uenvd.errors import Cancelled, DigestMismatch, ManifestError, NotFound, RegistryError, RegistryUnreachable, UsageError
+from uenvd.oci.files import COPY_BYTES, locked, pieces_of, read_bounded, storage_errors, sync_directory, write_atomically
+from uenvd.oci.manifest import (
+    EMPTY_BLOB,
+    EMPTY_DIGEST,
+    EMPTY_TYPE,
+    INDEX_TYPE,
+    MANIFEST_TYPE,
+    MAX_MANIFEST_BYTES,
+    Descriptor,
+    Manifest,
+    check_digest,
+    digest_of,
+    load_object,
+    parse_descriptor,
+    parse_index,
+    parse_manifest,
+)
+from uenvd.oci.reference import RegistryAddress, check_reference, fallback_tag, is_digest, is_fallback_tag, is_repository, is_tag
+from uenvd.oci.remote import Progress, never, no_progress
+
+REF_NAME: Final = "org.opencontainers.image.ref.name"
+MAX_INDEX_BYTES: Final = 64 << 20
+LAYOUT_BYTES: Final = b'{"imageLayoutVersion":"1.0.0"}'
+
+
+class LayoutRemote:
+    """`uenvd.oci.remote.Remote` over a directory. The directory is made by the first push; before, it is unreachable."""
+
+    def __init__(self, address: RegistryAddress) -> None:
+        self.address = address
+        self.root = Path(address.path).expanduser()
+        self._local = local()
+
+    @contextmanager
+    def deadline(self, seconds: float | None, cancelled: Callable[[], bool] = never) -> Iterator[None]:
+        """See `Remote.deadline`. Looked at between operations; a file system that hangs is not interrupted."""
+        before = getattr(self._local, "bounds", None)
+        self._local.bounds = (None if seconds is None else time.monotonic() + seconds, cancelled)
+        try:
+            yield
+        finally:
+            self._local.bounds = before
+
+    def tags(self, repository: str) -> list[str]:
+        """See `Remote.tags`."""
+        self._check_repository(repository)
+        begin = f"{repository}:"
+        names = (name.removeprefix(begin) for name in self._names() if name.startswith(begin))
+        return sorted({tag for tag in names if is_tag(tag) and not is_fallback_tag(tag)})
+
+    def repositories(self, prefix: str) -> list[str]:
+        """See `Remote.repositories`."""
+        found = {name.rpartition(":")[0] for name in self._names()}
+        return sorted(name for name in found if name.startswith(prefix) and is_repository(name))
+
+    def manifest(self, repository: str, reference: str) -> Manifest:
+        """See `Remote.manifest`. A digest is found whatever the repository: blobs of a layout have none."""
+        raw, digest = self._raw_manifest(repository, reference)
+        try:
+            return parse_manifest(raw, digest)
+        except ManifestError as error:
+            raise ManifestError(f"{repository} {reference}: {error.message}", hint=error.hint) from error
+
+    def small_blob(self, repository: str, descriptor: Descriptor, limit_bytes: int) -> bytes:
+        """See `Remote.small_blob`."""
+        self._check_repository(repository)
+        if descriptor.digest == EMPTY_DIGEST:
+            return EMPTY_BLOB
+        data = self._read_blob(descriptor.digest, limit_bytes)
+        check_digest(data, descriptor.digest, f"{self.address}: the blob")
+        if len(data) != descriptor.size_bytes:
+            raise DigestMismatch(f"{self.address}: {descriptor.digest} has {len(data)} bytes, not {descriptor.size_bytes}")
+        return data
+
+    def stream_blob(
+        self, repository: str, descriptor: Descriptor, offset_bytes: int, cancelled: Callable[[], bool]
+    ) -> Iterator[bytes]:
+        """See `Remote.stream_blob`."""
+        self._check_repository(repository)
+
+        def check() -> None:
+            self._check()
+            if cancelled():
+                raise Cancelled("the transfer was cancelled")
+
+        left = descriptor.size_bytes - offset_bytes
+        what = f"{self.address}: the blob {descriptor.digest} is not there"
+        with self._readable("reading a blob of"):
+            for piece in pieces_of(self._blob(descriptor.digest), offset_bytes, check, what):
+                yield piece[:left]
+                left -= len(piece)
+                if left <= 0:
+                    return
+        if left:
+            raise DigestMismatch(f"{self.address}: the blob {descriptor.digest} is {left} bytes too short")
+
+    def referrers(self, repository: str, digest: str, artifact_type: str | None) -> list[Descriptor]:
+        """See `Remote.referrers`. By the tag schema (``sha256-<hex>``), as the oras command does in a layout."""
+        check_reference(repository, digest)
+        try:
+            raw, _ = self._raw_manifest(repository, fallback_tag(digest))
+            found = parse_index(raw)
+        except (NotFound, ManifestError):
+            return []
+        settled = []
+        for entry in {entry.digest: entry for entry in found}.values():
+            kind = entry.artifact_type
+            if not kind or kind == EMPTY_TYPE:
+                manifest = self.manifest(repository, entry.digest)
+                kind = manifest.artifact_type or manifest.config.media_type
+            settled.append(Descriptor(entry.media_type, entry.digest, entry.size_bytes, entry.annotations, kind))
+        return [entry for entry in settled if artifact_type is None or entry.artifact_type == artifact_type]
+
+    def push_blob(self, repository: str, path: Path, descriptor: Descriptor, progress: Progress = no_progress) -> None:
+        """See `Remote.push_blob`."""
+        self._check_repository(repository)
+        target = self._prepare_blob(descriptor.digest)
+        if target.exists():
+            progress(descriptor.size_bytes, descriptor.size_bytes)
+            return
+        hasher, done = hashlib.sha256(), 0
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+        try:
+            try:
+                source = path.open("rb")
+            except OSError as error:
+                raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+            with source, storage_errors(self.root, "writing a blob into"), temporary.open("xb") as file:
+                while piece := source.read(COPY_BYTES):
+                    self._check()
+                    hasher.update(piece)
+                    file.write(piece)
+                    done += len(piece)
+                    progress(done, descriptor.size_bytes)
+                if f"sha256:{hasher.hexdigest()}" != descriptor.digest or done != descriptor.size_bytes:
+                    raise DigestMismatch(f"{path} does not have the digest {descriptor.digest}", hint="was it changed meanwhile?")
+                file.flush()
+                os.fsync(file.fileno())
+                temporary.replace(target)
+                sync_directory(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def push_bytes(self, repository: str, data: bytes, media_type: str) -> Descriptor:
+        """See `Remote.push_bytes`."""
+        self._check_repository(repository)
+        descriptor = Descriptor(media_type, digest_of(data), len(data))
+        self._store(data, descriptor.digest)
+        return descriptor
+
+    def push_manifest(self, repository: str, tag: str | None, raw: bytes, media_type: str = MANIFEST_TYPE) -> str:
+        """See `Remote.push_manifest`. Like a registry, it refuses a manifest whose blobs are not there."""
+        digest = digest_of(raw)
+        check_reference(repository, tag if tag is not None else digest)
+        artifact_type: str | None = None
+        if media_type != INDEX_TYPE:
+            manifest = parse_manifest(raw, digest)
+            artifact_type = manifest.artifact_type
+            for blob in (manifest.config, *manifest.layers):
+                if blob.digest != EMPTY_DIGEST and not self._blob(blob.digest).exists():
+                    raise RegistryError(f"{self.address}: the blob {blob.digest} of the manifest is not there")
+            if manifest.config.digest == EMPTY_DIGEST:
+                self._store(EMPTY_BLOB, EMPTY_DIGEST)
+        self._store(raw, digest)
+        if tag is not None:
+            name = f"{repository}:{tag}"
+            entry = Descriptor(media_type, digest, len(raw), {REF_NAME: name}, artifact_type)
+            with storage_errors(self.root, "updating the index of"), locked(self.root / ".index.lock"):
+                kept = [other for other in self._index() if _ref_name(other) != name]
+                self._write_index([*kept, entry.to_json()])
+        return digest
+
+    def close(self) -> None:
+        """See `Remote.close`."""
+
+    def _store(self, data: bytes, digest: str) -> None:
+        target = self._prepare_blob(digest)
+        if not target.exists():
+            with storage_errors(self.root, "writing a blob into"):
+                write_atomically(target, data)
+
+    def _prepare_blob(self, digest: str) -> Path:
+        self._check()
+        target = self._blob(digest)
+        with storage_errors(self.root, "writing to the image layout"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not (self.root / "oci-layout").exists():
+                write_atomically(self.root / "oci-layout", LAYOUT_BYTES)
+            with locked(self.root / ".index.lock"):
+                if not (self.root / "index.json").exists():
+                    self._write_index([])
+        return target
+
+    def _blob(self, digest: str) -> Path:
+        return self.root / "blobs" / "sha256" / digest.removeprefix("sha256:")
+
+    def _read_blob(self, digest: str, limit_bytes: int) -> bytes:
+        self._check()
+        with self._readable("reading a blob of"):
+            try:
+                return read_bounded(self._blob(digest), limit_bytes)
+            except FileNotFoundError as error:
+                self._index()
+                raise NotFound(f"{self.address}: {digest} is not there") from error
+
+    def _raw_manifest(self, repository: str, reference: str) -> tuple[bytes, str]:
+        check_reference(repository, reference)
+        digest = reference
+        if not is_digest(reference):
+            name = f"{repository}:{reference}"
+            # Some tools append without removing the former entry: the last one counts.
+            entry = next((entry for entry in reversed(self._index()) if _ref_name(entry) == name), None)
+            if entry is None:
+                raise NotFound(f"{self.address}: {name} is not there")
+            digest = parse_descriptor(entry, f"the entry for {name} in {self.root / 'index.json'}").digest
+        raw = self._read_blob(digest, MAX_MANIFEST_BYTES)
+        check_digest(raw, digest, f"{self.address}: the manifest")
+        return raw, digest
+
+    def _names(self) -> list[str]:
+        return [name for name in map(_ref_name, self._index()) if ":" in name]
+
+    def _index(self) -> list[dict[str, Any]]:
+        """Return the entries of ``index.json`` as they are; foreign ones are kept."""
+        self._check()
+        path = self.root / "index.json"
+        with self._readable("reading"):
+            try:
+                raw = read_bounded(path, MAX_INDEX_BYTES)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise RegistryUnreachable(
+                    f"there is no image layout at {self.root} (no index.json)",
+                    hint="check the path, or push a first image: uenvd-publish push FILE LABEL --registry " + str(self.address),
+                ) from error
+        entries = load_object(raw, str(path)).get("manifests")
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ManifestError(f"{path} has no list of manifests")
+        return cast("list[dict[str, Any]]", entries)
+
+    def _write_index(self, entries: list[dict[str, Any]]) -> None:
+        body = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": entries}
+        write_atomically(self.root / "index.json", json.dumps(body, separators=(",", ":")).encode())
+
+    @contextmanager
+    def _readable(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RegistryUnreachable(f"{doing} the image layout {self.root} fails: {error.strerror}") from error
+
+    def _check(self) -> None:
+        ends, cancelled = getattr(self._local, "bounds", None) or (None, never)
+        if cancelled():
+            raise Cancelled("the transfer was cancelled")
+        if ends is not None and time.monotonic() >= ends:
+            raise RegistryUnreachable(f"{self.address} did not answer in time")
+
+    def _check_repository(self, repository: str) -> None:
+        if not is_repository(repository):
+            raise RegistryError(f"{repository!r} is no valid repository name")
+
+
+def _ref_name(entry: dict[str, Any]) -> str:
+    annotations = entry.get("annotations")
+    name = annotations.get(REF_NAME) if isinstance(annotations, dict) else None
+    return name if isinstance(name, str) else ""

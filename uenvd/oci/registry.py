@@ -1,0 +1,311 @@
+"""The client of an OCI registry (distribution specification 1.1)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlencode
+
+import requests
+
+from uenvd.errors import DigestMismatch, ManifestError, NotFound, RegistryDenied, RegistryError, RegistryUnreachable, UenvError
+from uenvd.oci.credentials import Credential, find_credential
+from uenvd.oci.manifest import (
+    DOCKER_INDEX_TYPE,
+    DOCKER_MANIFEST_TYPE,
+    EMPTY_BLOB,
+    EMPTY_DIGEST,
+    INDEX_TYPE,
+    MANIFEST_TYPE,
+    MAX_MANIFEST_BYTES,
+    Descriptor,
+    Manifest,
+    check_digest,
+    digest_of,
+    load_object,
+    parse_manifest,
+)
+from uenvd.oci.reference import RegistryAddress, check_reference, is_digest, is_fallback_tag, is_repository, is_tag
+from uenvd.oci.referrers import list_referrers
+from uenvd.oci.remote import Progress, never, no_progress
+from uenvd.oci.transport import PIECE_BYTES, Reply, Transport, join
+from uenvd.oci.upload import upload_bytes, upload_file
+
+MAX_LIST_BYTES: Final = 16 << 20
+MAX_PAGES: Final = 1000
+MAX_ENTRIES: Final = 200_000
+
+_ACCEPT = ", ".join([MANIFEST_TYPE, DOCKER_MANIFEST_TYPE, INDEX_TYPE, DOCKER_INDEX_TYPE])
+_NEXT = re.compile(r"<([^>]*)>\s*;[^,]*\brel\s*=\s*\"?next\"?")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
+
+
+class RegistryRemote:
+    """`uenvd.oci.remote.Remote` over HTTP. Safe to use from several threads; tokens and deadlines are kept apart by thread."""
+
+    def __init__(
+        self,
+        address: RegistryAddress,
+        *,
+        credential: Credential | None = None,
+        auth_file: Path | None = None,
+        ca_file: Path | None = None,
+        timeout_connect_s: float = 5.0,
+        timeout_read_s: float = 30.0,
+        deadline_s: float | None = None,
+    ) -> None:
+        self.address = address
+
+        def look_up(repository: str) -> Credential | None:
+            return credential or find_credential(address.host, repository, auth_file=auth_file)
+
+        self._http = Transport(
+            address,
+            credential=look_up,
+            ca_file=ca_file,
+            timeout_connect_s=timeout_connect_s,
+            timeout_read_s=timeout_read_s,
+            deadline_s=deadline_s,
+        )
+        self._api_seen = False
+
+    def deadline(self, seconds: float | None, cancelled: Callable[[], bool] = never) -> AbstractContextManager[Any]:
+        """See `Remote.deadline`."""
+        return self._http.watch(seconds, cancelled)
+
+    def tags(self, repository: str) -> list[str]:
+        """See `Remote.tags`. Tags of the referrers tag schema are left out."""
+        self._check_repository(repository)
+        url = self._url(repository, "tags/list")
+        try:
+            found = self._paged(url, "tags", scope=self._scope(repository), what=f"the tags of {repository}")
+        except NotFound:
+            self._expect_api()
+            return []
+        return sorted({tag for tag in found if is_tag(tag) and not is_fallback_tag(tag)})
+
+    def manifest(self, repository: str, reference: str) -> Manifest:
+        """See `Remote.manifest`."""
+        reply = self.raw_manifest(repository, reference)
+        try:
+            return parse_manifest(reply.body, None)
+        except ManifestError as error:
+            raise ManifestError(f"{self._name(repository, reference)}: {error.message}", hint=error.hint) from error
+
+    def raw_manifest(self, repository: str, reference: str) -> Reply:
+        """Return the answer with the verified bytes of a manifest or an index."""
+        check_reference(repository, reference)
+        reply = self._http.fetch(
+            "GET",
+            self._url(repository, f"manifests/{reference}"),
+            scope=self._scope(repository),
+            what=self._name(repository, reference),
+            limit_bytes=MAX_MANIFEST_BYTES,
+            headers={"Accept": _ACCEPT},
+        )
+        announced = reply.headers.get("Docker-Content-Digest", "")
+        if is_digest(reference):
+            check_digest(reply.body, reference, f"{self.address.host}: the manifest")
+        elif is_digest(announced):
+            check_digest(reply.body, announced, f"{self.address.host}: the manifest of {repository}:{reference}")
+        self._api_seen = True
+        return reply
+
+    def small_blob(self, repository: str, descriptor: Descriptor, limit_bytes: int) -> bytes:
+        """See `Remote.small_blob`."""
+        self._check_repository(repository)
+        if descriptor.digest == EMPTY_DIGEST:
+            return EMPTY_BLOB
+        what = f"the blob {descriptor.digest} of {repository}"
+        if descriptor.size_bytes > limit_bytes:
+            raise RegistryError(f"{what} has {descriptor.size_bytes} bytes, more than the {limit_bytes} that are allowed")
+        reply = self._http.fetch(
+            "GET",
+            self._url(repository, f"blobs/{descriptor.digest}"),
+            scope=self._scope(repository),
+            what=what,
+            limit_bytes=limit_bytes,
+        )
+        check_digest(reply.body, descriptor.digest, f"{self.address.host}: {what}")
+        if len(reply.body) != descriptor.size_bytes:
+            raise DigestMismatch(f"{what} has {len(reply.body)} bytes, its manifest says {descriptor.size_bytes}")
+        return reply.body
+
+    def stream_blob(
+        self, repository: str, descriptor: Descriptor, offset_bytes: int, cancelled: Callable[[], bool]
+    ) -> Iterator[bytes]:
+        """See `Remote.stream_blob`. A registry that ignores ranges is asked anyway, and what comes before the offset is dropped."""
+        self._check_repository(repository)
+        size = descriptor.size_bytes
+        if not 0 <= offset_bytes <= size:
+            raise ValueError(f"offset {offset_bytes} outside of a blob of {size} bytes")
+        if offset_bytes == size:
+            return
+        what = f"the blob {descriptor.digest} of {repository}"
+        # Closed: some registries answer 416 to an open range.
+        headers = {"Range": f"bytes={offset_bytes}-{size - 1}"} if offset_bytes else {}
+        url = self._url(repository, f"blobs/{descriptor.digest}")
+
+        def opened() -> requests.Response:
+            return self._http.open(url, scope=self._scope(repository), what=what, headers=headers, accept=frozenset({200, 206}))
+
+        response: requests.Response | None = None
+        skip, left = 0, size - offset_bytes
+        try:
+            while left:
+                # The watch is set for each piece, not across ``yield``: it belongs to the thread that reads, and only while it reads.
+                with self._http.watch(None, cancelled) as watch, self._http.errors(what):
+                    if response is None:
+                        response = self._http.repeatedly(opened, watch)
+                        skip = _skip(response, offset_bytes, size, what)
+                    piece: bytes = response.raw.read1(PIECE_BYTES, decode_content=False)
+                if not piece:
+                    raise RegistryUnreachable(f"{self.address.host}: {what}: the transfer broke off {left + skip} bytes too early")
+                if skip:
+                    dropped = min(skip, len(piece))
+                    skip -= dropped
+                    piece = piece[dropped:]
+                piece = piece[:left]
+                left -= len(piece)
+                if not left:
+                    # The end of the body gives the connection back to the pool.
+                    with self._http.watch(1.0, cancelled), suppress(UenvError), self._http.errors(what):
+                        response.raw.read1(1, decode_content=False)
+                if piece:
+                    yield piece
+        finally:
+            if response is not None:
+                response.close()
+
+    def repositories(self, prefix: str) -> list[str]:
+        """See `Remote.repositories`."""
+        own = f"{self.address.prefix}/" if self.address.prefix else ""
+        try:
+            names = self._paged(
+                self._http.url(f"_catalog?{urlencode({'n': 1000})}"), "repositories", scope="registry:catalog", what="the list of repositories"
+            )
+        except (RegistryDenied, NotFound, RegistryError) as error:
+            raise type(error)(
+                f"{self.address.host} does not list its repositories: {error.message}",
+                hint="name the image in full: name/version:tag@system%uarch",
+            ) from error
+        return sorted({name.removeprefix(own) for name in names if is_repository(name) and name.startswith(own + prefix)})
+
+    def referrers(self, repository: str, digest: str, artifact_type: str | None) -> list[Descriptor]:
+        """See `Remote.referrers`."""
+        check_reference(repository, digest)
+        return list_referrers(self, self._http, self.full_name(repository), repository, digest, artifact_type)
+
+    def push_blob(self, repository: str, path: Path, descriptor: Descriptor, progress: Progress = no_progress) -> None:
+        """See `Remote.push_blob`. One streamed PUT; a restart after a failure sends it from the beginning."""
+        self._check_repository(repository)
+        upload_file(self._http, self.full_name(repository), path, descriptor, progress)
+
+    def push_bytes(self, repository: str, data: bytes, media_type: str) -> Descriptor:
+        """See `Remote.push_bytes`."""
+        self._check_repository(repository)
+        descriptor = Descriptor(media_type, digest_of(data), len(data))
+        upload_bytes(self._http, self.full_name(repository), data, descriptor)
+        return descriptor
+
+    def push_manifest(self, repository: str, tag: str | None, raw: bytes, media_type: str = MANIFEST_TYPE) -> str:
+        """See `Remote.push_manifest`."""
+        digest = digest_of(raw)
+        reference = tag if tag is not None else digest
+        check_reference(repository, reference)
+        reply = self._http.fetch(
+            "PUT",
+            self._url(repository, f"manifests/{reference}"),
+            scope=self._scope(repository, "push"),
+            what=self._name(repository, reference),
+            headers={"Content-Type": media_type},
+            data=raw,
+            accept=frozenset({200, 201, 202}),
+        )
+        announced = reply.headers.get("Docker-Content-Digest", digest)
+        if announced != digest:
+            raise DigestMismatch(f"{self.address.host} stored the manifest of {repository} as {announced} instead of {digest}")
+        return digest
+
+    def close(self) -> None:
+        """See `Remote.close`."""
+        self._http.session.close()
+
+    def full_name(self, repository: str) -> str:
+        """Return the name under which the registry knows a repository: with the prefix of the address."""
+        return f"{self.address.prefix}/{repository}" if self.address.prefix else repository
+
+    def _url(self, repository: str, rest: str) -> str:
+        return self._http.url(f"{self.full_name(repository)}/{rest}")
+
+    def _scope(self, repository: str, action: str = "pull") -> str:
+        return f"{self.full_name(repository)}:{action}"
+
+    def _name(self, repository: str, reference: str) -> str:
+        return f"{repository}{'@' if is_digest(reference) else ':'}{reference}"
+
+    def _check_repository(self, repository: str) -> None:
+        if not is_repository(repository):
+            raise RegistryError(f"{repository!r} is no valid repository name")
+
+    def _expect_api(self) -> None:
+        """Tell "no such repository" from "no registry": the latter is an error of the address."""
+        if self._api_seen:
+            return
+        try:
+            self._http.fetch(
+                "GET", self._http.url(""), scope=":pull", what="the registry's interface", accept=frozenset({200, 401, 403})
+            )
+        except RegistryDenied:
+            pass
+        except NotFound as error:
+            raise RegistryError(
+                f"{self.address.base_url} is no OCI registry: there is nothing at /v2/",
+                hint="check the address of the registry; a path in it is the prefix of the repositories",
+            ) from error
+        self._api_seen = True
+
+    def _paged(self, url: str, key: str, *, scope: str, what: str) -> list[str]:
+        """Collect a list over its pages (specification, "Listing tags": Link with rel=next)."""
+        found: list[str] = []
+        seen: set[str] = set()
+        with self._http.bounded():
+            for _ in range(MAX_PAGES):
+                seen.add(url)
+                reply = self._http.fetch("GET", url, scope=scope, what=what, limit_bytes=MAX_LIST_BYTES)
+                try:
+                    entries = load_object(reply.body, what).get(key)
+                except UenvError:
+                    entries = ()
+                if entries is None:
+                    entries = []
+                if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+                    raise RegistryError(f"{self.address.host}: the answer for {what} is no list", hint="is this the address of an OCI registry?")
+                found.extend(entries)
+                self._api_seen = True
+                link = _NEXT.search(reply.headers.get("Link", ""))
+                if link is None or not entries:
+                    return found
+                url = join(reply, link.group(1))
+                if url in seen or not self._http.is_ours(url) or len(found) > MAX_ENTRIES:
+                    break
+        raise RegistryError(f"{self.address.host}: {what} does not end, or leads to another host")
+
+
+def _skip(response: requests.Response, offset_bytes: int, size_bytes: int, what: str) -> int:
+    """Check the answer to a ranged request; return how many bytes of its body come before the offset."""
+    if response.status_code == 206:
+        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
+        if match is None:
+            raise RegistryError(f"{what}: the registry sent a part of it without saying which")
+        start, total = int(match.group(1)), match.group(3)
+        if start > offset_bytes or total not in {"*", str(size_bytes)}:
+            raise RegistryError(f"{what}: the registry sent another part of it than the one asked for")
+        return offset_bytes - start
+    length = response.headers.get("Content-Length", "")
+    if length.isascii() and length.isdigit() and int(length[:19]) != size_bytes:
+        raise DigestMismatch(f"{what}: the registry has {length} bytes, the manifest says {size_bytes}")
+    return offset_bytes

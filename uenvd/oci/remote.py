@@ -1,0 +1,117 @@
+"""What a place that keeps images can do, whether it is a registry or a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+from uenvd.oci.credentials import Credential
+from uenvd.oci.manifest import MANIFEST_TYPE, Descriptor, Manifest
+from uenvd.oci.reference import RegistryAddress
+
+Progress = Callable[[int, int], None]
+"""Called with (done_bytes, total_bytes)."""
+
+
+def never() -> bool:
+    """Do not cancel."""
+    return False
+
+
+def no_progress(_done_bytes: int, _total_bytes: int) -> None:
+    """Report to nobody."""
+
+
+class Remote(Protocol):
+    """A place that keeps images. Every method blocks, and may be called from several threads at once.
+
+    Errors of all methods: `RegistryUnreachable` (no answer, not in time, broken off, no directory), `RegistryDenied`,
+    `NotFound`, `RegistryError` (any other answer), `Cancelled`; `DigestMismatch` and `ManifestError` where bytes are checked.
+    Repositories are named without the prefix of the address.
+    """
+
+    address: RegistryAddress
+
+    def deadline(self, seconds: float | None, cancelled: Callable[[], bool] = never) -> AbstractContextManager[None]:
+        """Bound all calls that this thread makes inside the ``with`` block, retries among them, to ``seconds`` together.
+
+        When the time is over a call raises `RegistryUnreachable`; when ``cancelled`` turns true, `Cancelled`; both within 0.3 s.
+        """
+        ...
+
+    def tags(self, repository: str) -> list[str]:
+        """Return the tags of the images, sorted; [] for an unknown repository."""
+        ...
+
+    def manifest(self, repository: str, reference: str) -> Manifest:
+        """Return the manifest under a tag or digest; its digest is checked. Raises `NotFound`."""
+        ...
+
+    def small_blob(self, repository: str, descriptor: Descriptor, limit_bytes: int) -> bytes:
+        """Return a blob of at most ``limit_bytes``; digest and size are checked."""
+        ...
+
+    def stream_blob(
+        self, repository: str, descriptor: Descriptor, offset_bytes: int, cancelled: Callable[[], bool]
+    ) -> Iterator[bytes]:
+        """Yield the bytes of a blob from an offset on, in pieces of at most 1 MiB. **Nothing is checked** but their number."""
+        ...
+
+    def repositories(self, prefix: str) -> list[str]:
+        """Return all repositories that begin with ``prefix``, sorted. Raises `RegistryError` where there is no such list."""
+        ...
+
+    def referrers(self, repository: str, digest: str, artifact_type: str | None) -> list[Descriptor]:
+        """Return the manifests whose subject is ``digest`` (of one artifact type, if given)."""
+        ...
+
+    def push_blob(self, repository: str, path: Path, descriptor: Descriptor, progress: Progress = no_progress) -> None:
+        """Upload a file; nothing moves if the blob is there already."""
+        ...
+
+    def push_bytes(self, repository: str, data: bytes, media_type: str) -> Descriptor:
+        """Upload a small blob and return its descriptor."""
+        ...
+
+    def push_manifest(self, repository: str, tag: str | None, raw: bytes, media_type: str = MANIFEST_TYPE) -> str:
+        """Store a manifest, under a tag or (None) by its digest only; return the digest."""
+        ...
+
+    def close(self) -> None:
+        """Close idle connections. Calls that run in other threads end by themselves."""
+        ...
+
+
+def open_remote(
+    address: RegistryAddress,
+    *,
+    credential: Credential | None = None,
+    auth_file: Path | None = None,
+    ca_file: Path | None = None,
+    timeout_connect_s: float = 5.0,
+    timeout_read_s: float = 30.0,
+    deadline_s: float | None = None,
+) -> Remote:
+    """Return a client of the registry or layout. Nothing is opened or connected yet.
+
+    ``credential`` is used as it is; otherwise credentials are looked for in ``auth_file`` or, without one, where docker,
+    podman and oras keep them (`uenvd.oci.credentials`). ``deadline_s`` bounds each metadata call that has no `Remote.deadline`.
+    """
+    if address.kind == "layout":
+        from uenvd.oci.layout import LayoutRemote
+
+        return LayoutRemote(address)
+    # Deferred: a layout needs neither oras nor requests, whose imports take 0.2 s.
+    from uenvd.oci.registry import RegistryRemote
+
+    return RegistryRemote(
+        address,
+        credential=credential,
+        auth_file=auth_file,
+        ca_file=ca_file,
+        timeout_connect_s=timeout_connect_s,
+        timeout_read_s=timeout_read_s,
+        deadline_s=deadline_s,
+    )

@@ -1,0 +1,215 @@
+"""Deadlines and cancellation for blocking network calls of one thread.
+
+``requests`` bounds each single ``recv``; a peer that sends a byte now and then holds the caller for ever, and nobody can interrupt
+it. Here every wait for a socket is cut into ticks, and at each tick the deadline and the cancel flag of the calling thread are looked at.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+import urllib3
+import urllib3.connection
+import urllib3.exceptions
+from urllib3.util.connection import create_connection
+
+from uenvd.errors import Cancelled, RegistryUnreachable
+
+TICK_S: Final = 0.2
+"""How late a deadline or a cancellation may be noticed."""
+
+
+class ReadStalled(RegistryUnreachable):
+    """The peer sent nothing for the read timeout. Private to the transport, which says who the peer is."""
+
+
+class DeadlineOver(RegistryUnreachable):
+    """The time for the whole call is over. Private to the transport."""
+
+
+@dataclass
+class Watch:
+    """What bounds the calls of one thread: when to stop (``time.monotonic``), whether to, and how long to wait for a byte."""
+
+    deadline: float | None
+    cancelled: Callable[[], bool]
+    timeout_read_s: float
+
+    def check(self) -> None:
+        """Raise `Cancelled` or `DeadlineOver` if it is time to."""
+        if self.cancelled():
+            raise Cancelled("the transfer was cancelled")
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            raise DeadlineOver("no answer in time")
+
+    def remaining(self, at_most_s: float) -> float:
+        """Return how long to wait: ``at_most_s`` or what is left, and never 0, which would mean non-blocking."""
+        if self.deadline is None:
+            return at_most_s
+        return max(0.001, min(at_most_s, self.deadline - time.monotonic()))
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, but notice the deadline and cancellation."""
+        end = time.monotonic() + seconds
+        while True:
+            self.check()
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            time.sleep(self.remaining(min(TICK_S, left)))
+
+
+_local = threading.local()
+
+
+def current() -> Watch | None:
+    """Return the watch of this thread."""
+    return cast("Watch | None", getattr(_local, "watch", None))
+
+
+@contextmanager
+def watching(watch: Watch) -> Iterator[Watch]:
+    """Make ``watch`` that of this thread inside the ``with`` block."""
+    before = current()
+    _local.watch = watch
+    try:
+        yield watch
+    finally:
+        _local.watch = before
+
+
+class _TickingReader(io.RawIOBase):
+    """The reading side of a socket; waits in ticks. Closing it closes ``owner``, which keeps the socket open."""
+
+    def __init__(self, sock: socket.socket, owner: io.BufferedReader) -> None:
+        self._sock = sock
+        self._owner = owner
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 -- a writable buffer; the type has no name before 3.12
+        watch = current()
+        if watch is None:
+            return self._sock.recv_into(buffer)
+        give_up = time.monotonic() + watch.timeout_read_s
+        while True:
+            watch.check()
+            self._sock.settimeout(watch.remaining(TICK_S))
+            try:
+                return self._sock.recv_into(buffer)
+            except TimeoutError:
+                if time.monotonic() >= give_up:
+                    raise ReadStalled(f"nothing received for {watch.timeout_read_s:g} s") from None
+
+    def close(self) -> None:
+        if not self.closed:
+            self._owner.close()
+            super().close()
+
+
+class _TickingSocket:
+    """What ``http.client.HTTPResponse`` needs of a socket: ``makefile``."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_TickingReader(self._sock, self._sock.makefile("rb")), 65536)
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 -- handed through
+        super().__init__(cast("socket.socket", _TickingSocket(sock)), *args, **kwargs)
+
+
+def _resolve(host: str, port: int, timeout_s: float) -> list[str]:
+    """``getaddrinfo`` with a timeout (it has none of its own): the addresses as text. Raises `TimeoutError`, `socket.gaierror`."""
+    answers: queue.SimpleQueue[list[str] | OSError] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            answers.put(list(dict.fromkeys(str(entry[4][0]) for entry in found)))
+        except OSError as error:
+            answers.put(error)
+        except UnicodeError as error:
+            answers.put(socket.gaierror(socket.EAI_NONAME, str(error)))
+
+    threading.Thread(target=ask, name=f"resolve {host}", daemon=True).start()
+    try:
+        answer = answers.get(timeout=timeout_s)
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(answer, OSError):
+        raise answer
+    return answer
+
+
+class _BoundedConnect:
+    """Name look-up and all connection attempts together stay within the connect timeout; sending has the read timeout."""
+
+    def send(self, data: Any) -> None:  # noqa: ANN401 -- whatever http.client sends
+        # A pooled socket still has the timeout of its last read, and urllib3 gives a new one the *connect* timeout for sends:
+        # either would end a slow upload.
+        watch = current()
+        conn = cast("urllib3.connection.HTTPConnection", self)
+        if watch is not None and conn.sock is not None:
+            watch.check()
+            conn.sock.settimeout(watch.remaining(watch.timeout_read_s))
+        super().send(data)  # type: ignore[misc]
+
+    def _new_conn(self) -> socket.socket:
+        conn = cast("urllib3.connection.HTTPConnection", self)
+        host: str = conn._dns_host  # type: ignore[attr-defined]
+        timeout = conn.timeout if isinstance(conn.timeout, int | float) else 5.0
+        end = time.monotonic() + timeout
+        problem: OSError | None = None
+        try:
+            for address in _resolve(host, conn.port, timeout):
+                left = end - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError
+                try:
+                    sock = create_connection((address, conn.port), left, conn.source_address, conn.socket_options)
+                except OSError as error:
+                    problem = error
+                else:
+                    return sock
+        except socket.gaierror as error:
+            raise urllib3.exceptions.NameResolutionError(host, conn, error) from error
+        except TimeoutError as error:
+            raise urllib3.exceptions.ConnectTimeoutError(conn, f"no connection to {host} within {timeout:g} s") from error
+        if isinstance(problem, TimeoutError):
+            raise urllib3.exceptions.ConnectTimeoutError(conn, f"no connection to {host} within {timeout:g} s") from problem
+        raise urllib3.exceptions.NewConnectionError(conn, f"no connection to {host}: {problem}") from problem
+
+
+class _HTTPConnection(_BoundedConnect, urllib3.connection.HTTPConnection):
+    response_class = _Response
+
+
+class _HTTPSConnection(_BoundedConnect, urllib3.connection.HTTPSConnection):
+    response_class = _Response
+
+
+class _HTTPPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _HTTPConnection
+
+
+class _HTTPSPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _HTTPSConnection
+
+
+def install(manager: urllib3.PoolManager) -> None:
+    """Make a pool manager open connections that obey the watch of the calling thread."""
+    manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
