@@ -376,6 +376,16 @@ def applied_key(identities: Sequence[str], selected: Sequence[Selected]) -> str:
     return ";".join(f"{identity}[{','.join(views[index])}]" for index, identity in enumerate(identities))
 
 
+def applied_views(key: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the identities and views of a key that `applied_key` made (or several, joined by ``;``); what is not of its form is left out."""
+    found = []
+    for part in key.split(";"):
+        identity, bracket, views = part.partition("[")
+        if bracket and views.endswith("]"):
+            found.append((identity, tuple(view for view in views[:-1].split(",") if view)))
+    return found
+
+
 # --- applying -----------------------------------------------------------------------------------------------------------------------
 
 

@@ -38,10 +38,20 @@ static bool export(const char *name, const char *value, struct failure *failure)
     return true;
 }
 
+/* The texts may lie in the environment that this changes. */
 static bool export_all(const char *spec, const char *images, const char *view, struct failure *failure)
 {
-    return export(VAR_SPEC, spec, failure) && export(VAR_IMAGES, images, failure) && export(VAR_VIEW, view, failure) &&
-           export(VAR_OPTION_UENV, spec, failure) && export(VAR_OPTION_VIEW, view, failure);
+    char *own_spec = spec ? strdup(spec) : NULL, *own_images = images ? strdup(images) : NULL;
+    char *own_view = view ? strdup(view) : NULL;
+    bool fine = (own_spec || !spec) && (own_images || !images) && (own_view || !view)
+                    ? export(VAR_SPEC, own_spec, failure) && export(VAR_IMAGES, own_images, failure) &&
+                          export(VAR_VIEW, own_view, failure) && export(VAR_OPTION_UENV, own_spec, failure) &&
+                          export(VAR_OPTION_VIEW, own_view, failure)
+                    : failure_memory(failure);
+    free(own_spec);
+    free(own_images);
+    free(own_view);
+    return fine;
 }
 
 /* Ask uenvd what `uenv` means, now, and export it as the meaning of `spec`. */
@@ -96,13 +106,7 @@ static bool settle(const struct plugin *plugin, const struct choice *choice, str
         return resolve(plugin, spec, spec, view, failure);
     if (!same(view, known_view))
         return resolve(plugin, spec, known_images, view, failure);
-    char *images = strdup(known_images), *kept_spec = strdup(spec), *kept_view = view ? strdup(view) : NULL;
-    bool fine = images && kept_spec && (!view || kept_view) ? export_all(kept_spec, images, kept_view, failure)
-                                                           : failure_memory(failure);
-    free(images);
-    free(kept_spec);
-    free(kept_view);
-    return fine;
+    return export_all(spec, known_images, view, failure);
 }
 
 bool submit_resolve(const struct plugin *plugin, const struct choice *choice)

@@ -245,7 +245,7 @@ class Catalogue:
     async def _remembered(
         self, key: str, question: Question, ask: Callable[[], T], check: Callable[[object], T | None]
     ) -> T:
-        remembered = self._store.recall(key)
+        remembered = await trio.to_thread.run_sync(self._store.recall, key)
         value = None if remembered is None else check(remembered.value)
         now = time.time()
         if remembered is not None and value is not None and not question.refresh:
@@ -259,7 +259,8 @@ class Catalogue:
                 raise
             question.note(f"{_first_line(error)}; using what it said {_ago(now - remembered.when_s)}")
             return value
-        await trio.to_thread.run_sync(self._store.remember, key, answer, now)
+        if answer or remembered is not None:  # names that somebody made up do not fill the disk
+            await trio.to_thread.run_sync(self._store.remember, key, answer, now)
         return answer
 
     async def _ask(self, question: Question, ask: Callable[[], T]) -> T:

@@ -109,12 +109,10 @@ def table(found: Iterable[Found]) -> str:
 def _suggestion(wanted: Label, known: Mapping[str, Sequence[str]]) -> str | None:
     same = [(repo, known[repo.path]) for repo in matching(Label(name=wanted.name), known)]
     if same:
+        bare = [(Label(name=repo.label.name, version=repo.label.version), tags) for repo, tags in same]
         names = sorted(
-            {
-                f"{Label(name=repo.label.name, version=repo.label.version, tag=tag)}"
-                for repo, tags in same
-                for tag in tags or [None]
-            }
+            {str(label._replace(tag=tag)) for label, tags in bare for tag in tags}
+            or {str(label) for label, _tags in bare}
         )
         systems = sorted({str(repo.label.system) for repo, _tags in same})
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

@@ -36,7 +36,7 @@ from uenvd.errors import (
     UenvError,
     UsageError,
 )
-from uenvd.label import Label, ViewName, parse_namespaced_label
+from uenvd.label import Label, ViewName, parse_descriptions, parse_namespaced_label
 from uenvd.protocol import Request
 from uenvd.views import ImageMeta, ops_to_wire
 
@@ -414,7 +414,7 @@ class Service:
 
     async def _stored(self, request: Request) -> str:
         """Return the manifest digest of one image, whether its tag still exists in the registry or not."""
-        label = requests.parse_descriptions(request.uenv)[0].label
+        label = parse_descriptions(request.uenv)[0].label
         if label is None:
             raise UsageError(f"'{request.uenv}' is no image of the cache")
         if label.digest is not None:

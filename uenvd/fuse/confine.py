@@ -120,7 +120,8 @@ def confine(
 def _close_all_but(keep: set[int]) -> None:
     first = 0
     for descriptor in sorted(keep):
-        os.closerange(first, descriptor)
+        if first < descriptor:  # Python 3.11 takes an empty range for everything
+            os.closerange(first, descriptor)
         first = descriptor + 1
     os.closerange(first, 1 << 20)
 

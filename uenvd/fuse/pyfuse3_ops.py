@@ -15,9 +15,9 @@ import functools
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
@@ -32,15 +32,18 @@ _MAX_TASKS = 32
 _NUDGE_S = 0.1
 
 Result = TypeVar("Result")
+P = ParamSpec("P")
 
 
-def _guarded(operation: Callable[..., Awaitable[Result]]) -> Callable[..., Awaitable[Result]]:
+def _guarded(
+    operation: Callable[Concatenate[Operations, P], Coroutine[Any, Any, Result]],
+) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, Result]]:
     """Let nothing but `FUSEError` out of an operation: whatever else a request meets is its own fault, not the server's end."""
 
     @functools.wraps(operation)
-    async def guarded(self: Operations, *args: Any) -> Result:  # noqa: ANN401 - any operation's arguments
+    async def guarded(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> Result:
         try:
-            return await operation(self, *args)
+            return await operation(self, *args, **kwargs)
         except pyfuse3.FUSEError:
             raise
         except Exception as error:  # noqa: BLE001 - the boundary

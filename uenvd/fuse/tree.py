@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 from uenvd.errors import FormatError
@@ -142,7 +142,7 @@ class Tree:
         entry = self.image.lookup(self._directory(parent_ino), name)
         return None if entry is None else self.attributes(self.ino_of(entry.ref))
 
-    def listing(self, ino: int, offset: int) -> Iterator[Listed]:
+    def listing(self, ino: int, offset: int) -> Generator[Listed, None, None]:
         """Yield the entries of a directory from an offset on: 0, or the ``next_offset`` of an entry. The first two are "." and ".."."""
         directory = self._directory(ino)
         if offset == 0:

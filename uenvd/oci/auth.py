@@ -11,12 +11,11 @@ import time
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-import oras.provider  # before oras.auth: the package has an import cycle
+import oras.auth
 import requests
 from oras.auth.token import TokenAuth
 from oras.auth.utils import parse_auth_header
 
-import oras.auth
 from uenvd.errors import RegistryDenied, RegistryError, RegistryUnreachable
 from uenvd.oci.credentials import Credential
 from uenvd.oci.manifest import load_object
@@ -85,7 +84,9 @@ class ScopedAuth(TokenAuth):  # type: ignore[misc]
         headers = dict(headers or {})
         if challenge.lower().startswith("basic"):
             if self.credential is None or self.credential.identity_token is not None:
-                raise RegistryDenied(f"the registry {self.registry} asks for a user name and a password and there are none for it")
+                raise RegistryDenied(
+                    f"the registry {self.registry} asks for a user name and a password and there are none for it"
+                )
             if sent.startswith("Basic"):
                 raise RegistryDenied(f"the registry {self.registry} refuses the user name or the password")
             self._basic = True
@@ -114,15 +115,21 @@ class ScopedAuth(TokenAuth):  # type: ignore[misc]
             whom = "the credentials" if self.credential else "anonymous access"
             raise RegistryDenied(f"the token server {parts.hostname} of {self.registry} refuses {whom}")
         if response.status_code == 429 or response.status_code >= 500:
-            raise RegistryUnreachable(f"the token server {parts.hostname} of {self.registry} answers {response.status_code}")
+            raise RegistryUnreachable(
+                f"the token server {parts.hostname} of {self.registry} answers {response.status_code}"
+            )
         if response.status_code != 200:
-            raise RegistryError(f"the token server {parts.hostname} of {self.registry} answers {response.status_code}")
+            raise RegistryError(
+                f"the token server {parts.hostname} of {self.registry} answers {response.status_code}"
+            )
         body = load_object(_read(response), "the answer of the token server")
         token = body.get("token") or body.get("access_token")
         if not isinstance(token, str) or not token or not token.isascii() or not token.isprintable():
             raise RegistryError(f"the token server {parts.hostname} of {self.registry} gave no token")
         lifetime = body.get("expires_in")
-        lifetime_s = float(lifetime) if isinstance(lifetime, int | float) and lifetime > 0 else _DEFAULT_TOKEN_S
+        lifetime_s = (
+            float(lifetime) if isinstance(lifetime, int | float) and lifetime > 0 else _DEFAULT_TOKEN_S
+        )
         with self._lock:
             self._tokens[self.scope_key] = (token, time.monotonic() + max(_MARGIN_S, lifetime_s - _MARGIN_S))
         return token
@@ -143,10 +150,26 @@ class ScopedAuth(TokenAuth):  # type: ignore[misc]
                 "refresh_token": self.credential.identity_token,
                 "scope": scope or "",
             }
-            return self.session.request("POST", realm, data=fields, headers=headers, stream=True, verify=self.tls_verify, allow_redirects=False)
+            return self.session.request(
+                "POST",
+                realm,
+                data=fields,
+                headers=headers,
+                stream=True,
+                verify=self.tls_verify,
+                allow_redirects=False,
+            )
         if self.credential is not None:
             headers["Authorization"] = f"Basic {self.credential.basic}"
-        return self.session.request("GET", realm, params=fields, headers=headers, stream=True, verify=self.tls_verify, allow_redirects=False)
+        return self.session.request(
+            "GET",
+            realm,
+            params=fields,
+            headers=headers,
+            stream=True,
+            verify=self.tls_verify,
+            allow_redirects=False,
+        )
 
 
 def _read(response: requests.Response) -> bytes:

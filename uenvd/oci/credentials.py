@@ -42,7 +42,11 @@ class Credential:
 
 
 def find_credential(
-    host: str, repository: str = "", *, auth_file: Path | None = None, environ: Mapping[str, str] | None = None
+    host: str,
+    repository: str = "",
+    *,
+    auth_file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
 ) -> Credential | None:
     """Look up the credential for ``host[:port]`` and, more specific first, the repositories that ``repository`` lies in.
 
@@ -68,7 +72,8 @@ def read_token_file(path: Path, username: str) -> Credential:
         raise ConfigError(f"the token file {path} cannot be read: {error.strerror}") from error
     if stat.S_IMODE(mode) & 0o077:
         raise ConfigError(
-            f"the token file {path} can be read by others (mode {stat.S_IMODE(mode):04o})", hint=f"run: chmod 0600 {path}"
+            f"the token file {path} can be read by others (mode {stat.S_IMODE(mode):04o})",
+            hint=f"run: chmod 0600 {path}",
         )
     try:
         token = text.decode("ascii").partition("\n")[0].strip()
@@ -83,7 +88,11 @@ def _usual_files(environ: Mapping[str, str]) -> Iterator[Path]:
     if environ.get("REGISTRY_AUTH_FILE"):
         yield Path(environ["REGISTRY_AUTH_FILE"])
     home = Path(environ.get("HOME") or "/nonexistent")
-    yield Path(environ["DOCKER_CONFIG"]) / "config.json" if environ.get("DOCKER_CONFIG") else home / ".docker" / "config.json"
+    yield (
+        Path(environ["DOCKER_CONFIG"]) / "config.json"
+        if environ.get("DOCKER_CONFIG")
+        else home / ".docker" / "config.json"
+    )
     if environ.get("XDG_RUNTIME_DIR"):
         yield Path(environ["XDG_RUNTIME_DIR"]) / "containers" / "auth.json"
     yield Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "containers" / "auth.json"
@@ -161,17 +170,19 @@ def _from_entry(entry: Mapping[str, Any], key: str, path: Path) -> Credential | 
     encoded = entry.get("auth")
     if isinstance(encoded, str) and encoded:
         try:
-            username, colon, secret = base64.b64decode(encoded, validate=True).decode().rstrip("\0").partition(":")
+            text = base64.b64decode(encoded, validate=True).decode().rstrip("\0")
         except (binascii.Error, ValueError):
-            colon = ""
-        if not colon:
+            text = ""
+        if ":" not in text:
             raise ConfigError(
-                f"the entry for {key} in the credentials file {path} cannot be decoded", hint="log in again to rewrite it"
+                f"the entry for {key} in the credentials file {path} cannot be decoded",
+                hint="log in again to rewrite it",
             )
-        return Credential(username, secret)
-    username, secret = entry.get("username"), entry.get("password")
-    if isinstance(username, str) and isinstance(secret, str) and username:
-        return Credential(username, secret)
+        user, _, secret = text.partition(":")
+        return Credential(user, secret)
+    username, password = entry.get("username"), entry.get("password")
+    if isinstance(username, str) and isinstance(password, str) and username:
+        return Credential(username, password)
     return None
 
 
@@ -191,11 +202,14 @@ def _ask_helper(name: str, server: str, environ: Mapping[str, str]) -> Credentia
         )
     except FileNotFoundError as error:
         raise ConfigError(
-            f"the credential helper {program} for {server} is not installed", hint="install it or remove it from the configuration"
+            f"the credential helper {program} for {server} is not installed",
+            hint="install it or remove it from the configuration",
         ) from error
     except subprocess.TimeoutExpired as error:
         # The exception carries the helper's output, so it is not chained.
-        raise ConfigError(f"the credential helper {program} did not answer within {error.timeout:g} s") from None
+        raise ConfigError(
+            f"the credential helper {program} did not answer within {error.timeout:g} s"
+        ) from None
     except OSError as error:
         raise ConfigError(f"the credential helper {program} cannot be run: {error.strerror}") from error
     if answer.returncode != 0:
@@ -204,5 +218,7 @@ def _ask_helper(name: str, server: str, environ: Mapping[str, str]) -> Credentia
         body = json.loads(answer.stdout)
         username, secret = str(body["Username"]), str(body["Secret"])
     except (ValueError, TypeError, KeyError):
-        raise ConfigError(f"the credential helper {program} answered something that is no credential") from None
+        raise ConfigError(
+            f"the credential helper {program} answered something that is no credential"
+        ) from None
     return Credential(identity_token=secret) if username == _TOKEN_USER else Credential(username, secret)

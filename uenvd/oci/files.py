@@ -87,7 +87,8 @@ def locked(path: Path, patience_s: float = _LOCK_PATIENCE_S) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() >= end:
                     raise StorageError(
-                        f"{path} has been locked by another process for {patience_s:g} s", hint=f"see who holds it: fuser {path}"
+                        f"{path} has been locked by another process for {patience_s:g} s",
+                        hint=f"see who holds it: fuser {path}",
                     ) from None
                 time.sleep(0.01)
         yield

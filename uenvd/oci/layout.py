@@ -16,8 +16,24 @@ from pathlib import Path
 from threading import local
 from typing import Any, Final, cast
 
-from uenvd.errors import Cancelled, DigestMismatch, ManifestError, NotFound, RegistryError, RegistryUnreachable, UsageError
-from uenvd.oci.files import COPY_BYTES, locked, pieces_of, read_bounded, storage_errors, sync_directory, write_atomically
+from uenvd.errors import (
+    Cancelled,
+    DigestMismatch,
+    ManifestError,
+    NotFound,
+    RegistryError,
+    RegistryUnreachable,
+    UsageError,
+)
+from uenvd.oci.files import (
+    COPY_BYTES,
+    locked,
+    pieces_of,
+    read_bounded,
+    storage_errors,
+    sync_directory,
+    write_atomically,
+)
 from uenvd.oci.manifest import (
     EMPTY_BLOB,
     EMPTY_DIGEST,
@@ -34,7 +50,15 @@ from uenvd.oci.manifest import (
     parse_index,
     parse_manifest,
 )
-from uenvd.oci.reference import RegistryAddress, check_reference, fallback_tag, is_digest, is_fallback_tag, is_repository, is_tag
+from uenvd.oci.reference import (
+    RegistryAddress,
+    check_reference,
+    fallback_tag,
+    is_digest,
+    is_fallback_tag,
+    is_repository,
+    is_tag,
+)
 from uenvd.oci.remote import Progress, never, no_progress
 
 REF_NAME: Final = "org.opencontainers.image.ref.name"
@@ -88,7 +112,9 @@ class LayoutRemote:
         data = self._read_blob(descriptor.digest, limit_bytes)
         check_digest(data, descriptor.digest, f"{self.address}: the blob")
         if len(data) != descriptor.size_bytes:
-            raise DigestMismatch(f"{self.address}: {descriptor.digest} has {len(data)} bytes, not {descriptor.size_bytes}")
+            raise DigestMismatch(
+                f"{self.address}: {descriptor.digest} has {len(data)} bytes, not {descriptor.size_bytes}"
+            )
         return data
 
     def stream_blob(
@@ -127,10 +153,14 @@ class LayoutRemote:
             if not kind or kind == EMPTY_TYPE:
                 manifest = self.manifest(repository, entry.digest)
                 kind = manifest.artifact_type or manifest.config.media_type
-            settled.append(Descriptor(entry.media_type, entry.digest, entry.size_bytes, entry.annotations, kind))
+            settled.append(
+                Descriptor(entry.media_type, entry.digest, entry.size_bytes, entry.annotations, kind)
+            )
         return [entry for entry in settled if artifact_type is None or entry.artifact_type == artifact_type]
 
-    def push_blob(self, repository: str, path: Path, descriptor: Descriptor, progress: Progress = no_progress) -> None:
+    def push_blob(
+        self, repository: str, path: Path, descriptor: Descriptor, progress: Progress = no_progress
+    ) -> None:
         """See `Remote.push_blob`."""
         self._check_repository(repository)
         target = self._prepare_blob(descriptor.digest)
@@ -152,7 +182,10 @@ class LayoutRemote:
                     done += len(piece)
                     progress(done, descriptor.size_bytes)
                 if f"sha256:{hasher.hexdigest()}" != descriptor.digest or done != descriptor.size_bytes:
-                    raise DigestMismatch(f"{path} does not have the digest {descriptor.digest}", hint="was it changed meanwhile?")
+                    raise DigestMismatch(
+                        f"{path} does not have the digest {descriptor.digest}",
+                        hint="was it changed meanwhile?",
+                    )
                 file.flush()
                 os.fsync(file.fileno())
                 temporary.replace(target)
@@ -167,7 +200,9 @@ class LayoutRemote:
         self._store(data, descriptor.digest)
         return descriptor
 
-    def push_manifest(self, repository: str, tag: str | None, raw: bytes, media_type: str = MANIFEST_TYPE) -> str:
+    def push_manifest(
+        self, repository: str, tag: str | None, raw: bytes, media_type: str = MANIFEST_TYPE
+    ) -> str:
         """See `Remote.push_manifest`. Like a registry, it refuses a manifest whose blobs are not there."""
         digest = digest_of(raw)
         check_reference(repository, tag if tag is not None else digest)
@@ -177,7 +212,9 @@ class LayoutRemote:
             artifact_type = manifest.artifact_type
             for blob in (manifest.config, *manifest.layers):
                 if blob.digest != EMPTY_DIGEST and not self._blob(blob.digest).exists():
-                    raise RegistryError(f"{self.address}: the blob {blob.digest} of the manifest is not there")
+                    raise RegistryError(
+                        f"{self.address}: the blob {blob.digest} of the manifest is not there"
+                    )
             if manifest.config.digest == EMPTY_DIGEST:
                 self._store(EMPTY_BLOB, EMPTY_DIGEST)
         self._store(raw, digest)
@@ -249,7 +286,8 @@ class LayoutRemote:
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise RegistryUnreachable(
                     f"there is no image layout at {self.root} (no index.json)",
-                    hint="check the path, or push a first image: uenvd-publish push FILE LABEL --registry " + str(self.address),
+                    hint="check the path, or push a first image: uenvd-publish push FILE LABEL --registry "
+                    + str(self.address),
                 ) from error
         entries = load_object(raw, str(path)).get("manifests")
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -265,7 +303,9 @@ class LayoutRemote:
         try:
             yield
         except OSError as error:
-            raise RegistryUnreachable(f"{doing} the image layout {self.root} fails: {error.strerror}") from error
+            raise RegistryUnreachable(
+                f"{doing} the image layout {self.root} fails: {error.strerror}"
+            ) from error
 
     def _check(self) -> None:
         ends, cancelled = getattr(self._local, "bounds", None) or (None, never)

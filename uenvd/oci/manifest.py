@@ -129,14 +129,17 @@ def parse_manifest(raw: bytes, expected_digest: str | None) -> Manifest:
     manifest, an image index among it.
     """
     if len(raw) > MAX_MANIFEST_BYTES:
-        raise ManifestError(f"the manifest has {len(raw)} bytes, more than the {MAX_MANIFEST_BYTES} that are allowed")
+        raise ManifestError(
+            f"the manifest has {len(raw)} bytes, more than the {MAX_MANIFEST_BYTES} that are allowed"
+        )
     if expected_digest is not None:
         check_digest(raw, expected_digest, "the manifest")
     body = load_object(raw, "the manifest")
     media_type = _text(body, "mediaType", "the manifest") or MANIFEST_TYPE
     if media_type in {INDEX_TYPE, DOCKER_INDEX_TYPE} or ("manifests" in body and "layers" not in body):
         raise ManifestError(
-            "this is an image index (a list of manifests), not the manifest of one image", hint="name one image by its digest"
+            "this is an image index (a list of manifests), not the manifest of one image",
+            hint="name one image by its digest",
         )
     if media_type not in {MANIFEST_TYPE, DOCKER_MANIFEST_TYPE}:
         raise ManifestError(f"the manifest has the unknown media type {media_type[:100]!r}")
@@ -161,7 +164,9 @@ def parse_manifest(raw: bytes, expected_digest: str | None) -> Manifest:
 def parse_index(raw: bytes) -> list[Descriptor]:
     """Parse an image index (referrers answer, fallback tag, ``index.json``). Raises `ManifestError`."""
     if len(raw) > MAX_MANIFEST_BYTES:
-        raise ManifestError(f"the index has {len(raw)} bytes, more than the {MAX_MANIFEST_BYTES} that are allowed")
+        raise ManifestError(
+            f"the index has {len(raw)} bytes, more than the {MAX_MANIFEST_BYTES} that are allowed"
+        )
     body = load_object(raw, "the index")
     entries = body.get("manifests")
     if not isinstance(entries, list) or "layers" in body:
@@ -203,7 +208,11 @@ def squashfs_layer(manifest: Manifest) -> Descriptor:
             f"the artifact has {len(named)} squashfs layers where one is expected", hint=_NO_SQUASHFS_HINT
         )
     artifact_types = {manifest.artifact_type, manifest.config.media_type}
-    if SQUASHFS_TYPE in artifact_types and len(manifest.layers) == 1 and manifest.layers[0].media_type in _LAYER_TYPES:
+    if (
+        SQUASHFS_TYPE in artifact_types
+        and len(manifest.layers) == 1
+        and manifest.layers[0].media_type in _LAYER_TYPES
+    ):
         return manifest.layers[0]
     kinds = ", ".join(sorted({layer.media_type[:80] for layer in manifest.layers})) or "no layers at all"
     raise ManifestError(f"the artifact holds no squashfs image (it has {kinds})", hint=_NO_SQUASHFS_HINT)
@@ -219,20 +228,28 @@ def _says_squashfs(layer: Descriptor) -> bool:
 def parse_config(raw: bytes) -> ImageConfig | None:
     """Parse our config blob; None for one of another kind (the empty one of ``oras push``). Raises `ManifestError`."""
     if len(raw) > MAX_CONFIG_BYTES:
-        raise ManifestError(f"the config blob has {len(raw)} bytes, more than the {MAX_CONFIG_BYTES} that are allowed")
+        raise ManifestError(
+            f"the config blob has {len(raw)} bytes, more than the {MAX_CONFIG_BYTES} that are allowed"
+        )
     body = load_object(raw, "the config blob")
     if "schema" not in body:
         return None
     if body["schema"] != 1:
-        raise ManifestError("the config blob was written by a newer uenvd", hint="update uenvd on this machine")
+        raise ManifestError(
+            "the config blob was written by a newer uenvd", hint="update uenvd on this machine"
+        )
     image = body.get("image")
     if image is not None:
-        image = parse_descriptor({"mediaType": SQUASHFS_TYPE, **image} if isinstance(image, dict) else image, "the image")
+        image = parse_descriptor(
+            {"mediaType": SQUASHFS_TYPE, **image} if isinstance(image, dict) else image, "the image"
+        )
     meta = body.get("meta")
     try:
         parsed = None if meta is None else ImageMeta.from_wire(meta)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ManifestError(f"the metadata in the config blob is malformed: {type(error).__name__}: {error}"[:300]) from error
+        raise ManifestError(
+            f"the metadata in the config blob is malformed: {type(error).__name__}: {error}"[:300]
+        ) from error
     return ImageConfig(
         meta=parsed,
         architecture=_text(body, "architecture", "the config blob"),

@@ -19,7 +19,9 @@ _REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _FALLBACK_TAG = re.compile(r"sha256-[0-9a-f]{64}(?:\..*)?")
-_HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9_-]*[A-Za-z0-9])?)(?:\.[A-Za-z0-9](?:[A-Za-z0-9_-]*[A-Za-z0-9])?)*|\[[0-9A-Fa-f:.]+\]")
+_HOST = re.compile(
+    r"(?:[A-Za-z0-9](?:[A-Za-z0-9_-]*[A-Za-z0-9])?)(?:\.[A-Za-z0-9](?:[A-Za-z0-9_-]*[A-Za-z0-9])?)*|\[[0-9A-Fa-f:.]+\]"
+)
 
 _HOW = "write oci-layout:/DIRECTORY, https://HOST[:PORT][/PREFIX] or, for a test without TLS, http://HOST[:PORT][/PREFIX]"
 
@@ -71,7 +73,9 @@ def parse_registry(text: str) -> RegistryAddress:
             hint="leave them out; uenvd reads credentials from docker's configuration files and credential helpers",
         )
     if scheme.lower() not in {"http", "https"}:
-        raise ConfigError(f"the address of the registry has the unknown scheme {scheme!r}: {text!r}", hint=_HOW)
+        raise ConfigError(
+            f"the address of the registry has the unknown scheme {scheme!r}: {text!r}", hint=_HOW
+        )
     authority, _, prefix = rest.partition("/")
     host, port = _split_port(authority)
     if not _HOST.fullmatch(host):
@@ -90,7 +94,7 @@ def parse_registry(text: str) -> RegistryAddress:
 def _split_port(authority: str) -> tuple[str, str | None]:
     if authority.startswith("["):
         host, bracket, rest = authority.partition("]")
-        return host + bracket, rest[1:] if rest.startswith(":") else (None if not rest else rest)
+        return host + bracket, rest[1:] if rest.startswith(":") else (rest or None)
     host, colon, port = authority.partition(":")
     return host, port if colon else None
 
@@ -139,7 +143,9 @@ def repository_of(namespace: str, system: str, uarch: str, name: str, version: s
             )
     repository = "/".join(parts.values())
     if len(repository) > MAX_REPOSITORY_CHARS:
-        raise LabelError(f"the repository name would have {len(repository)} characters, more than {MAX_REPOSITORY_CHARS}")
+        raise LabelError(
+            f"the repository name would have {len(repository)} characters, more than {MAX_REPOSITORY_CHARS}"
+        )
     return repository
 
 

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlencode
 
 from uenvd.errors import ManifestError, NotFound, RegistryError
-from uenvd.oci.manifest import EMPTY_TYPE, INDEX_TYPE, MAX_MANIFEST_BYTES, Descriptor, parse_index, parse_manifest
+from uenvd.oci.manifest import (
+    EMPTY_TYPE,
+    INDEX_TYPE,
+    MAX_MANIFEST_BYTES,
+    Descriptor,
+    parse_index,
+    parse_manifest,
+)
 from uenvd.oci.reference import fallback_tag
 from uenvd.oci.transport import Transport, join
 
@@ -23,7 +30,12 @@ _NEXT = re.compile(r"<([^>]*)>\s*;[^,]*\brel\s*=\s*\"?next\"?")
 
 
 def list_referrers(
-    remote: RegistryRemote, http: Transport, full_name: str, repository: str, digest: str, artifact_type: str | None
+    remote: RegistryRemote,
+    http: Transport,
+    full_name: str,
+    repository: str,
+    digest: str,
+    artifact_type: str | None,
 ) -> list[Descriptor]:
     """Return the referrers of ``digest``, each once, filtered here too: registries may ignore the filter."""
     found = _by_api(http, full_name, digest, artifact_type)
@@ -34,7 +46,9 @@ def list_referrers(
     return [entry for entry in settled if artifact_type is None or entry.artifact_type == artifact_type]
 
 
-def _by_api(http: Transport, full_name: str, digest: str, artifact_type: str | None) -> list[Descriptor] | None:
+def _by_api(
+    http: Transport, full_name: str, digest: str, artifact_type: str | None
+) -> list[Descriptor] | None:
     """Ask the API; None where there is none (404, another error, or an answer that is no OCI index by its content type)."""
     query = f"?{urlencode({'artifactType': artifact_type})}" if artifact_type else ""
     url = http.url(f"{full_name}/referrers/{digest}{query}")
@@ -45,7 +59,12 @@ def _by_api(http: Transport, full_name: str, digest: str, artifact_type: str | N
         seen.add(url)
         try:
             reply = http.fetch(
-                "GET", url, scope=f"{full_name}:pull", what=what, limit_bytes=MAX_MANIFEST_BYTES, headers={"Accept": INDEX_TYPE}
+                "GET",
+                url,
+                scope=f"{full_name}:pull",
+                what=what,
+                limit_bytes=MAX_MANIFEST_BYTES,
+                headers={"Accept": INDEX_TYPE},
             )
         except RegistryError:
             return None

@@ -11,7 +11,15 @@ from urllib.parse import urlencode
 
 import requests
 
-from uenvd.errors import DigestMismatch, ManifestError, NotFound, RegistryDenied, RegistryError, RegistryUnreachable, UenvError
+from uenvd.errors import (
+    DigestMismatch,
+    ManifestError,
+    NotFound,
+    RegistryDenied,
+    RegistryError,
+    RegistryUnreachable,
+    UenvError,
+)
 from uenvd.oci.credentials import Credential, find_credential
 from uenvd.oci.manifest import (
     DOCKER_INDEX_TYPE,
@@ -28,7 +36,14 @@ from uenvd.oci.manifest import (
     load_object,
     parse_manifest,
 )
-from uenvd.oci.reference import RegistryAddress, check_reference, is_digest, is_fallback_tag, is_repository, is_tag
+from uenvd.oci.reference import (
+    RegistryAddress,
+    check_reference,
+    is_digest,
+    is_fallback_tag,
+    is_repository,
+    is_tag,
+)
 from uenvd.oci.referrers import list_referrers
 from uenvd.oci.remote import Progress, never, no_progress
 from uenvd.oci.transport import PIECE_BYTES, Reply, Transport, join
@@ -72,7 +87,9 @@ class RegistryRemote:
         )
         self._api_seen = False
 
-    def deadline(self, seconds: float | None, cancelled: Callable[[], bool] = never) -> AbstractContextManager[Any]:
+    def deadline(
+        self, seconds: float | None, cancelled: Callable[[], bool] = never
+    ) -> AbstractContextManager[Any]:
         """See `Remote.deadline`."""
         return self._http.watch(seconds, cancelled)
 
@@ -93,7 +110,9 @@ class RegistryRemote:
         try:
             return parse_manifest(reply.body, None)
         except ManifestError as error:
-            raise ManifestError(f"{self._name(repository, reference)}: {error.message}", hint=error.hint) from error
+            raise ManifestError(
+                f"{self._name(repository, reference)}: {error.message}", hint=error.hint
+            ) from error
 
     def raw_manifest(self, repository: str, reference: str) -> Reply:
         """Return the answer with the verified bytes of a manifest or an index."""
@@ -110,7 +129,9 @@ class RegistryRemote:
         if is_digest(reference):
             check_digest(reply.body, reference, f"{self.address.host}: the manifest")
         elif is_digest(announced):
-            check_digest(reply.body, announced, f"{self.address.host}: the manifest of {repository}:{reference}")
+            check_digest(
+                reply.body, announced, f"{self.address.host}: the manifest of {repository}:{reference}"
+            )
         self._api_seen = True
         return reply
 
@@ -121,7 +142,9 @@ class RegistryRemote:
             return EMPTY_BLOB
         what = f"the blob {descriptor.digest} of {repository}"
         if descriptor.size_bytes > limit_bytes:
-            raise RegistryError(f"{what} has {descriptor.size_bytes} bytes, more than the {limit_bytes} that are allowed")
+            raise RegistryError(
+                f"{what} has {descriptor.size_bytes} bytes, more than the {limit_bytes} that are allowed"
+            )
         reply = self._http.fetch(
             "GET",
             self._url(repository, f"blobs/{descriptor.digest}"),
@@ -131,7 +154,9 @@ class RegistryRemote:
         )
         check_digest(reply.body, descriptor.digest, f"{self.address.host}: {what}")
         if len(reply.body) != descriptor.size_bytes:
-            raise DigestMismatch(f"{what} has {len(reply.body)} bytes, its manifest says {descriptor.size_bytes}")
+            raise DigestMismatch(
+                f"{what} has {len(reply.body)} bytes, its manifest says {descriptor.size_bytes}"
+            )
         return reply.body
 
     def stream_blob(
@@ -150,7 +175,9 @@ class RegistryRemote:
         url = self._url(repository, f"blobs/{descriptor.digest}")
 
         def opened() -> requests.Response:
-            return self._http.open(url, scope=self._scope(repository), what=what, headers=headers, accept=frozenset({200, 206}))
+            return self._http.open(
+                url, scope=self._scope(repository), what=what, headers=headers, accept=frozenset({200, 206})
+            )
 
         response: requests.Response | None = None
         skip, left = 0, size - offset_bytes
@@ -163,7 +190,9 @@ class RegistryRemote:
                         skip = _skip(response, offset_bytes, size, what)
                     piece: bytes = response.raw.read1(PIECE_BYTES, decode_content=False)
                 if not piece:
-                    raise RegistryUnreachable(f"{self.address.host}: {what}: the transfer broke off {left + skip} bytes too early")
+                    raise RegistryUnreachable(
+                        f"{self.address.host}: {what}: the transfer broke off {left + skip} bytes too early"
+                    )
                 if skip:
                     dropped = min(skip, len(piece))
                     skip -= dropped
@@ -185,21 +214,32 @@ class RegistryRemote:
         own = f"{self.address.prefix}/" if self.address.prefix else ""
         try:
             names = self._paged(
-                self._http.url(f"_catalog?{urlencode({'n': 1000})}"), "repositories", scope="registry:catalog", what="the list of repositories"
+                self._http.url(f"_catalog?{urlencode({'n': 1000})}"),
+                "repositories",
+                scope="registry:catalog",
+                what="the list of repositories",
             )
         except (RegistryDenied, NotFound, RegistryError) as error:
             raise type(error)(
                 f"{self.address.host} does not list its repositories: {error.message}",
                 hint="name the image in full: name/version:tag@system%uarch",
             ) from error
-        return sorted({name.removeprefix(own) for name in names if is_repository(name) and name.startswith(own + prefix)})
+        return sorted(
+            {
+                name.removeprefix(own)
+                for name in names
+                if is_repository(name) and name.startswith(own + prefix)
+            }
+        )
 
     def referrers(self, repository: str, digest: str, artifact_type: str | None) -> list[Descriptor]:
         """See `Remote.referrers`."""
         check_reference(repository, digest)
         return list_referrers(self, self._http, self.full_name(repository), repository, digest, artifact_type)
 
-    def push_blob(self, repository: str, path: Path, descriptor: Descriptor, progress: Progress = no_progress) -> None:
+    def push_blob(
+        self, repository: str, path: Path, descriptor: Descriptor, progress: Progress = no_progress
+    ) -> None:
         """See `Remote.push_blob`. One streamed PUT; a restart after a failure sends it from the beginning."""
         self._check_repository(repository)
         upload_file(self._http, self.full_name(repository), path, descriptor, progress)
@@ -211,7 +251,9 @@ class RegistryRemote:
         upload_bytes(self._http, self.full_name(repository), data, descriptor)
         return descriptor
 
-    def push_manifest(self, repository: str, tag: str | None, raw: bytes, media_type: str = MANIFEST_TYPE) -> str:
+    def push_manifest(
+        self, repository: str, tag: str | None, raw: bytes, media_type: str = MANIFEST_TYPE
+    ) -> str:
         """See `Remote.push_manifest`."""
         digest = digest_of(raw)
         reference = tag if tag is not None else digest
@@ -227,7 +269,9 @@ class RegistryRemote:
         )
         announced = reply.headers.get("Docker-Content-Digest", digest)
         if announced != digest:
-            raise DigestMismatch(f"{self.address.host} stored the manifest of {repository} as {announced} instead of {digest}")
+            raise DigestMismatch(
+                f"{self.address.host} stored the manifest of {repository} as {announced} instead of {digest}"
+            )
         return digest
 
     def close(self) -> None:
@@ -257,7 +301,11 @@ class RegistryRemote:
             return
         try:
             self._http.fetch(
-                "GET", self._http.url(""), scope=":pull", what="the registry's interface", accept=frozenset({200, 401, 403})
+                "GET",
+                self._http.url(""),
+                scope=":pull",
+                what="the registry's interface",
+                accept=frozenset({200, 401, 403}),
             )
         except RegistryDenied:
             pass
@@ -283,7 +331,10 @@ class RegistryRemote:
                 if entries is None:
                     entries = []
                 if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-                    raise RegistryError(f"{self.address.host}: the answer for {what} is no list", hint="is this the address of an OCI registry?")
+                    raise RegistryError(
+                        f"{self.address.host}: the answer for {what} is no list",
+                        hint="is this the address of an OCI registry?",
+                    )
                 found.extend(entries)
                 self._api_seen = True
                 link = _NEXT.search(reply.headers.get("Link", ""))

@@ -34,7 +34,9 @@ class Remote(Protocol):
 
     address: RegistryAddress
 
-    def deadline(self, seconds: float | None, cancelled: Callable[[], bool] = never) -> AbstractContextManager[None]:
+    def deadline(
+        self, seconds: float | None, cancelled: Callable[[], bool] = never
+    ) -> AbstractContextManager[None]:
         """Bound all calls that this thread makes inside the ``with`` block, retries among them, to ``seconds`` together.
 
         When the time is over a call raises `RegistryUnreachable`; when ``cancelled`` turns true, `Cancelled`; both within 0.3 s.
@@ -67,7 +69,9 @@ class Remote(Protocol):
         """Return the manifests whose subject is ``digest`` (of one artifact type, if given)."""
         ...
 
-    def push_blob(self, repository: str, path: Path, descriptor: Descriptor, progress: Progress = no_progress) -> None:
+    def push_blob(
+        self, repository: str, path: Path, descriptor: Descriptor, progress: Progress = no_progress
+    ) -> None:
         """Upload a file; nothing moves if the blob is there already."""
         ...
 
@@ -75,7 +79,9 @@ class Remote(Protocol):
         """Upload a small blob and return its descriptor."""
         ...
 
-    def push_manifest(self, repository: str, tag: str | None, raw: bytes, media_type: str = MANIFEST_TYPE) -> str:
+    def push_manifest(
+        self, repository: str, tag: str | None, raw: bytes, media_type: str = MANIFEST_TYPE
+    ) -> str:
         """Store a manifest, under a tag or (None) by its digest only; return the digest."""
         ...
 

@@ -42,8 +42,18 @@ _ATTEMPTS: Final = 4
 _BACKOFF_S: Final = 0.25
 _RETRY_AFTER_CAP_S: Final = 30.0
 _TRANSIENT: Final = frozenset({429, 500, 502, 503, 504})
-_FOREIGN = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError)
-_SYSTEM_CA_FILES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem")
+_FOREIGN = (
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
+    OSError,
+    ValueError,
+)
+_SYSTEM_CA_FILES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+)
 
 # oras-py logs to its own handler on stderr; what is worth saying is said by our exceptions.
 logging.getLogger("oras.logger").disabled = True
@@ -100,7 +110,7 @@ def _bound_body(response: requests.Response) -> None:
             response.raw.close()
         else:
             response.raw.release_conn()
-    response._content = body  # noqa: SLF001 -- ``content`` returns it and the redirection code reads no more
+    response._content = body  # ``content`` returns it, and the redirection code reads no more
     response._content_consumed = True  # type: ignore[attr-defined]
 
 
@@ -131,7 +141,9 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
         self.session.proxies = requests.utils.get_environ_proxies(address.base_url, no_proxy=None)
         self.session.max_redirects = MAX_REDIRECTS
         # Blobs are hashed as they are sent; a compressed transfer would only cost time.
-        self.session.headers.update({"User-Agent": f"uenvd/{uenvd.__version__}", "Accept-Encoding": "identity"})
+        self.session.headers.update(
+            {"User-Agent": f"uenvd/{uenvd.__version__}", "Accept-Encoding": "identity"}
+        )
         adapter = _Adapter(timeout_connect_s, timeout_read_s)
         self.session.mount("https://", adapter)
         self.session.mount("http://", adapter)
@@ -200,7 +212,9 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
         with self.bounded() as watch, self.errors(what):
             return self.repeatedly(once, watch) if repeat else once()
 
-    def open(self, url: str, *, scope: str, what: str, headers: Mapping[str, str], accept: frozenset[int]) -> requests.Response:
+    def open(
+        self, url: str, *, scope: str, what: str, headers: Mapping[str, str], accept: frozenset[int]
+    ) -> requests.Response:
         """Send a GET and return the answer with its body unread; not repeated. Call inside `watch` and `errors`."""
         response = self._send("GET", url, scope=scope, headers=headers, data=None)
         if response.status_code not in accept:
@@ -211,17 +225,26 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
         return response
 
     def repeatedly(self, once: Callable[[], Answer], watch: Watch) -> Answer:
-        """Call ``once`` until it gives an answer, at most four times, with growing pauses or those that the registry asks for."""
+        """Call ``once`` until it gives an answer, at most four times, with growing pauses or those that the registry asks for.
+
+        Where not even a connection comes about, twice: a registry that is down should be known to be so in a moment.
+        """
         for attempt in range(_ATTEMPTS):
             try:
                 return once()
             except _Again as again:
                 error: Exception = again.error
                 pause_s = again.after_s
-            except (requests.ConnectionError, urllib3.exceptions.ProtocolError, requests.exceptions.ChunkedEncodingError) as failure:
+            except (
+                requests.ConnectionError,
+                urllib3.exceptions.ProtocolError,
+                requests.exceptions.ChunkedEncodingError,
+            ) as failure:
                 if isinstance(failure, requests.Timeout | requests.exceptions.SSLError):
                     raise
                 error, pause_s = failure, None
+                if attempt > 0 and _never_connected(failure):
+                    raise
             if attempt == _ATTEMPTS - 1 or (pause_s or 0.0) > _RETRY_AFTER_CAP_S:
                 raise error
             if pause_s is None:
@@ -237,7 +260,10 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
         sent = dict(headers or {})
         if not self.is_ours(url):
             # An upload may continue at another host: our credentials are not for it.
-            return self.session.request(method, url, data=data, headers=sent, stream=True, verify=self._tls_verify)
+            elsewhere: requests.Response = self.session.request(
+                method, url, data=data, headers=sent, stream=True, verify=self._tls_verify
+            )
+            return elsewhere
         if not self._credential_known:
             self.auth.credential = self._find_credential(scope.partition(":")[0])
             self._credential_known = True
@@ -255,7 +281,9 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
                 return bytes(data)
             data += piece
             if len(data) > limit_bytes:
-                raise RegistryError(f"{self._host}: {what} has more than the {limit_bytes} bytes that are allowed")
+                raise RegistryError(
+                    f"{self._host}: {what} has more than the {limit_bytes} bytes that are allowed"
+                )
 
     def _refusal(self, response: requests.Response, what: str) -> Exception:
         status = response.status_code
@@ -331,37 +359,48 @@ def _registry_says(response: requests.Response) -> str:
     return "".join(char if char.isprintable() else " " for char in text)[:300]
 
 
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and all that it wraps: as argument, ``reason``, cause or context; each once."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        found = waiting.pop(0)
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        yield found
+        wrapped = [*found.args, getattr(found, "reason", None), found.__cause__, found.__context__]
+        waiting.extend(inner for inner in wrapped if isinstance(inner, BaseException))
+
+
+def _never_connected(error: BaseException) -> bool:
+    return any(isinstance(cause, urllib3.exceptions.NewConnectionError) for cause in _causes(error))
+
+
 def _reason(error: BaseException) -> str:
-    """Say in a few words why a connection failed, from the innermost cause."""
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
+    """Say in a few words why a connection failed."""
+    for cause in _causes(error):
         if isinstance(cause, urllib3.exceptions.NameResolutionError):
             return "its name cannot be resolved"
-        if isinstance(cause, urllib3.exceptions.IncompleteRead | http.client.IncompleteRead):
+        if isinstance(cause, http.client.IncompleteRead):
             return "the transfer broke off"
-        if isinstance(cause, OSError) and cause.errno is not None and cause.strerror and not isinstance(cause, requests.RequestException):
+        if isinstance(cause, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
+            return "it redirects to an address that is none"
+        if (
+            isinstance(cause, OSError)
+            and not isinstance(cause, requests.RequestException)
+            and cause.errno
+            and cause.strerror
+        ):
             return cause.strerror.lower()
-        inner = next((arg for arg in cause.args if isinstance(arg, BaseException)), None)
-        cause = getattr(cause, "reason", None) if isinstance(getattr(cause, "reason", None), BaseException) else None
-        cause = cause or inner or error.__cause__
-    if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema | requests.exceptions.MissingSchema):
-        return "it redirects to an address that is none"
     return "the connection broke off"
 
 
 def _tls_reason(error: BaseException) -> str:
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
+    for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return f"certificate verify failed: {cause.verify_message}"
-        if isinstance(cause, ssl.SSLError):
-            return (cause.reason or "protocol error").replace("_", " ").lower()
-        reason = getattr(cause, "reason", None)
-        cause = reason if isinstance(reason, BaseException) else next((a for a in cause.args if isinstance(a, BaseException)), None)
+        if isinstance(cause, ssl.SSLError) and cause.reason:
+            return cause.reason.replace("_", " ").lower()
     return "protocol error"
 
 

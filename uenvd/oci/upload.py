@@ -46,14 +46,18 @@ class _FileShrank(Exception):
     """The file has become shorter than its descriptor says."""
 
 
-def upload_file(http: Transport, repository: str, path: Path, descriptor: Descriptor, progress: Progress) -> None:
+def upload_file(
+    http: Transport, repository: str, path: Path, descriptor: Descriptor, progress: Progress
+) -> None:
     """Upload a file unless the registry has the blob. ``repository`` is the full name."""
     try:
         size = path.stat().st_size
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     if size != descriptor.size_bytes:
-        raise UsageError(f"{path} has {size} bytes where {descriptor.size_bytes} were expected; was it changed?")
+        raise UsageError(
+            f"{path} has {size} bytes where {descriptor.size_bytes} were expected; was it changed?"
+        )
     _upload(http, repository, FileBody(path, descriptor.size_bytes, progress), descriptor)
     progress(descriptor.size_bytes, descriptor.size_bytes)
 
@@ -94,7 +98,9 @@ def _present(http: Transport, repository: str, descriptor: Descriptor) -> bool:
     return True
 
 
-def _attempt(http: Transport, repository: str, body: FileBody | bytes, descriptor: Descriptor, what: str) -> None:
+def _attempt(
+    http: Transport, repository: str, body: FileBody | bytes, descriptor: Descriptor, what: str
+) -> None:
     scope = f"{repository}:push"
     # Without a body, requests sends no Content-Length, which some registries insist on.
     opened = http.fetch(
@@ -120,10 +126,15 @@ def _attempt(http: Transport, repository: str, body: FileBody | bytes, descripto
             repeat=False,
         )
     except RegistryError as error:
-        raise type(error)(error.message, hint=error.hint or "the registry may limit the size of a blob") from error
+        raise type(error)(
+            error.message, hint=error.hint or "the registry may limit the size of a blob"
+        ) from error
     if reply.status == 400:
         if b"DIGEST_INVALID" in reply.body:
-            raise DigestMismatch(f"{what}: the registry received bytes with another digest", hint="was the file changed meanwhile?")
+            raise DigestMismatch(
+                f"{what}: the registry received bytes with another digest",
+                hint="was the file changed meanwhile?",
+            )
         raise RegistryError(f"{what}: the registry refuses it (HTTP 400)")
     stored = reply.headers.get("Docker-Content-Digest", descriptor.digest)
     if stored != descriptor.digest:

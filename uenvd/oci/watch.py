@@ -166,7 +166,7 @@ class _BoundedConnect:
         if watch is not None and conn.sock is not None:
             watch.check()
             conn.sock.settimeout(watch.remaining(watch.timeout_read_s))
-        super().send(data)  # type: ignore[misc]
+        super().send(data)
 
     def _new_conn(self) -> socket.socket:
         conn = cast("urllib3.connection.HTTPConnection", self)
@@ -180,7 +180,9 @@ class _BoundedConnect:
                 if left <= 0:
                     raise TimeoutError
                 try:
-                    sock = create_connection((address, conn.port), left, conn.source_address, conn.socket_options)
+                    sock = create_connection(
+                        (address, conn.port), left, conn.source_address, conn.socket_options
+                    )
                 except OSError as error:
                     problem = error
                 else:
@@ -188,9 +190,13 @@ class _BoundedConnect:
         except socket.gaierror as error:
             raise urllib3.exceptions.NameResolutionError(host, conn, error) from error
         except TimeoutError as error:
-            raise urllib3.exceptions.ConnectTimeoutError(conn, f"no connection to {host} within {timeout:g} s") from error
+            raise urllib3.exceptions.ConnectTimeoutError(
+                conn, f"no connection to {host} within {timeout:g} s"
+            ) from error
         if isinstance(problem, TimeoutError):
-            raise urllib3.exceptions.ConnectTimeoutError(conn, f"no connection to {host} within {timeout:g} s") from problem
+            raise urllib3.exceptions.ConnectTimeoutError(
+                conn, f"no connection to {host} within {timeout:g} s"
+            ) from problem
         raise urllib3.exceptions.NewConnectionError(conn, f"no connection to {host}: {problem}") from problem
 
 

@@ -1,0 +1,368 @@
+/*
+ * slurmstepd: the step's mount namespace as root in init_post_opt, the environment and the waiting as the user in task_init.
+ *
+ * The phases differ in what scancel can do: init_post_opt ignores it, so nothing there waits for bytes; a task in task_init
+ * dies of SIGTERM like any other. The connection over which the mounts came stays open as long as slurmstepd lives: it is the lease.
+ */
+#include "attach.h"
+#include "clock.h"
+#include "contexts.h"
+#include "environ.h"
+#include "exchange.h"
+#include "report.h"
+#include "spank_wrap.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define FIRST_PROGRESS_MS 1000
+#define NEXT_PROGRESS_MS 5000
+/* A waiting task connects while it is still root, so that a step of many tasks is not stopped by uenvd's limit of connections
+ * per user. A daemon that is stopped must not hold up the start of the tasks: task_init then tries again. */
+#define EARLY_CONNECT_MS 200
+
+static struct {
+    enum { STEP_PLAIN, STEP_WITHOUT, STEP_WITH } mode;
+    struct failure failure;  /* kept for task_init */
+    struct client lease;
+    struct client waiter;    /* of one task */
+    struct mounts mounts;
+    struct env_ops ops;      /* empty while the state is waiting */
+    struct reply answer;     /* to mount: its notes */
+    char *view;
+} step = {
+    .lease = CLIENT_CLOSED,
+    .waiter = CLIENT_CLOSED,
+};
+
+/* ---- what this step is to get */
+
+struct wish {
+    char *uenv; /* NULL: nothing */
+    char *view;
+    char *directory; /* for relative paths that were not resolved at submission */
+};
+
+static void wish_free(struct wish *wish)
+{
+    free(wish->uenv);
+    free(wish->view);
+    free(wish->directory);
+}
+
+static char *job_variable(spank_t spank, const char *name, bool *fine)
+{
+    bool ok;
+    char *value = sw_getenv(spank, name, &ok);
+    if (!ok)
+        *fine = false;
+    if (value && !*value) {
+        free(value);
+        value = NULL;
+    }
+    return value;
+}
+
+static char *take(char **text)
+{
+    char *taken = *text;
+    *text = NULL;
+    return taken;
+}
+
+/*
+ * The option, when Slurm delivers it (it does not to the batch step of sbatch --export=NONE), else the variables. What was
+ * resolved at submission counts if it belongs to this option: then image and view are exactly those that were checked there.
+ */
+static bool find_wish(spank_t spank, const struct choice *choice, struct wish *wish)
+{
+    bool fine = !choice->memory;
+    char *spec = job_variable(spank, VAR_SPEC, &fine), *images = job_variable(spank, VAR_IMAGES, &fine);
+    char *view = job_variable(spank, VAR_VIEW, &fine), *exported = job_variable(spank, VAR_OPTION_UENV, &fine);
+    char *asked = choice->uenv.text ? strdup(choice->uenv.text) : spec ? strdup(spec) : take(&exported);
+    if (choice->uenv.text && !asked)
+        fine = false;
+    if (images && spec && asked && !strcmp(spec, asked)) {
+        wish->uenv = take(&images);
+        wish->view = take(&view);
+    } else {
+        wish->uenv = asked;
+        asked = NULL;
+        if (choice->view.text)
+            wish->view = strdup(choice->view.text);
+        else
+            wish->view = view ? take(&view) : job_variable(spank, VAR_OPTION_VIEW, &fine);
+        wish->directory = job_variable(spank, "SLURM_SUBMIT_DIR", &fine);
+    }
+    free(spec);
+    free(images);
+    free(view);
+    free(exported);
+    free(asked);
+    return fine;
+}
+
+/* ---- init_post_opt */
+
+static bool mount_images(const struct plugin *plugin, spank_t spank, const struct wish *wish, uint32_t job, uint32_t number,
+                         struct failure *failure)
+{
+    uid_t uid;
+    gid_t gid, *groups;
+    int group_count;
+    if (!sw_user(spank, &uid, &gid, &groups, &group_count))
+        return failure_set(failure, CODE_INTERNAL, NULL, "Slurm does not say whose job this is");
+    struct request request = REQUEST_EMPTY;
+    request.op = "mount";
+    request.uenv = wish->uenv;
+    request.view = wish->view;
+    request.cwd = wish->directory;
+    request.uid = uid;
+    request.job = job;
+    request.step = number;
+    struct patience patience = {.total_ms = plugin->settings.timeout_ms};
+    if (!exchange(&step.lease, &plugin->settings, &request, patience, NULL, NULL, &step.answer, failure) ||
+        !reply_mounts(&step.answer, &step.mounts, failure) ||
+        (!step.mounts.waiting && !reply_env_ops(&step.answer, &step.ops, failure)))
+        return false;
+    size_t fd_count;
+    int *fds = client_take_fds(&step.lease, &fd_count);
+    struct job_user user = {uid, gid, groups, group_count};
+    bool fine = fd_count == step.mounts.count
+                    ? attach_all(&step.mounts, fds, &user, failure)
+                    : failure_set(failure, CODE_PROTOCOL, HINT_PROTOCOL, "uenvd announced %zu mounts and sent %zu",
+                                  step.mounts.count, fd_count);
+    close_fds(fds, fd_count);
+    return fine;
+}
+
+void remote_init_post_opt(const struct plugin *plugin, const struct choice *choice, spank_t spank)
+{
+    uint32_t job, number;
+    enum step_kind kind;
+    if (!sw_step(spank, &job, &number, &kind)) {
+        if (choice->uenv.text) {
+            step.mode = STEP_WITH;
+            failure_set(&step.failure, CODE_INTERNAL, NULL, "Slurm does not say which job step this is");
+        }
+        return;
+    }
+    if (kind == STEP_EXTERN)
+        return;
+    struct wish wish = {0};
+    bool known = find_wish(spank, choice, &wish);
+    if (known && !wish.uenv)
+        step.mode = STEP_PLAIN;
+    else if (known && !strcmp(wish.uenv, SPEC_NONE))
+        step.mode = STEP_WITHOUT;
+    else
+        step.mode = STEP_WITH;
+    if (step.mode == STEP_WITH) {
+        if (!known)
+            failure_set(&step.failure, CODE_INTERNAL, NULL, "the environment of the job cannot be read");
+        else if (plugin->config.set)
+            failure_set(&step.failure, CODE_CONFIG, plugin->config.hint, "%s", failure_message(&plugin->config));
+        else if (mount_images(plugin, spank, &wish, job, number, &step.failure))
+            step.view = take(&wish.view);
+    }
+    wish_free(&wish);
+    if (step.failure.set) {
+        sw_debug(failure_message(&step.failure));
+        client_close(&step.lease); /* no lease for a step that will not run */
+    }
+}
+
+void remote_task_init_privileged(const struct plugin *plugin)
+{
+    if (step.mode != STEP_WITH || step.failure.set || !step.mounts.waiting)
+        return;
+    struct failure ignored = FAILURE_NONE;
+    client_connect(&step.waiter, plugin->settings.socket, plugin->settings.peer_uid, clock_ms() + EARLY_CONNECT_MS, &ignored);
+    failure_clear(&ignored);
+}
+
+/* ---- task_init */
+
+struct progress_lines {
+    const char *node; /* NULL: this task prints none */
+    int64_t start_ms;
+    int64_t last_ms; /* 0: none printed */
+};
+
+static void print_progress(void *context, const struct progress *progress)
+{
+    struct progress_lines *lines = context;
+    int64_t now_ms = clock_ms();
+    if (!lines->node || now_ms - lines->start_ms < FIRST_PROGRESS_MS ||
+        (lines->last_ms && now_ms - lines->last_ms < NEXT_PROGRESS_MS))
+        return;
+    lines->last_ms = now_ms;
+    char *text = NULL;
+    int length = *progress->message ? asprintf(&text, "%s", progress->message)
+                 : progress->total_bytes > 0 && progress->done_bytes >= 0
+                     ? asprintf(&text, "waiting for the image: %lld of %lld MB", (long long)progress->done_bytes / 1000000,
+                                (long long)progress->total_bytes / 1000000)
+                     : asprintf(&text, "waiting for the image");
+    if (length < 0)
+        return;
+    report_text(lines->node, text);
+    free(text);
+}
+
+/* While a task waits, the signals that end it must: slurmstepd blocks some of them and handles others. */
+static const int ending_signals[] = {SIGTERM, SIGINT, SIGHUP, SIGQUIT};
+#define ENDING_COUNT (sizeof ending_signals / sizeof *ending_signals)
+
+struct saved_signals {
+    sigset_t mask;
+    struct sigaction actions[ENDING_COUNT];
+};
+
+static void signals_default(struct saved_signals *saved)
+{
+    struct sigaction standard = {.sa_handler = SIG_DFL};
+    sigset_t ending;
+    sigemptyset(&ending);
+    for (size_t i = 0; i < ENDING_COUNT; i++) {
+        sigaction(ending_signals[i], &standard, &saved->actions[i]);
+        sigaddset(&ending, ending_signals[i]);
+    }
+    pthread_sigmask(SIG_UNBLOCK, &ending, &saved->mask);
+}
+
+static void signals_restore(const struct saved_signals *saved)
+{
+    pthread_sigmask(SIG_SETMASK, &saved->mask, NULL);
+    for (size_t i = 0; i < ENDING_COUNT; i++)
+        sigaction(ending_signals[i], &saved->actions[i], NULL);
+}
+
+static bool wait_for_bytes(const struct plugin *plugin, const char *node, struct failure *failure)
+{
+    struct request request = REQUEST_EMPTY;
+    request.op = "wait";
+    request.lease = step.mounts.lease;
+    struct progress_lines lines = {.node = node, .start_ms = clock_ms()};
+    struct patience patience = {.silence_ms = plugin->settings.silence_ms};
+    struct reply reply = REPLY_NONE;
+    struct saved_signals saved;
+    signals_default(&saved);
+    bool fine = exchange(&step.waiter, &plugin->settings, &request, patience, print_progress, &lines, &reply, failure) &&
+                reply_env_ops(&reply, &step.ops, failure);
+    signals_restore(&saved);
+    if (fine && node)
+        report_notes(node, &reply);
+    reply_free(&reply);
+    client_close(&step.waiter);
+    return fine;
+}
+
+/* For scripts: what is mounted where. Truth is the mount; these are a convenience. */
+static const char *const described[] = {"UENV_MOUNT_LIST", "UENV_LABEL", "UENV_DIGEST", "UENV_VIEW"};
+
+static bool set_joined(spank_t spank, const char *name, char *(*text_of)(const struct mount_point *))
+{
+    char *joined = NULL;
+    bool fine = true;
+    for (size_t i = 0; fine && i < step.mounts.count; i++) {
+        char *text = text_of(&step.mounts.items[i]), *longer = NULL;
+        fine = text && asprintf(&longer, "%s%s%s", joined ? joined : "", joined ? "," : "", text) >= 0;
+        free(text);
+        free(joined);
+        joined = fine ? longer : NULL;
+    }
+    if (fine && strlen(name) + 1 + strlen(joined) <= MAX_ENV_STRING_BYTES)
+        fine = sw_setenv(spank, name, joined);
+    free(joined);
+    return fine;
+}
+
+static char *describe_mount(const struct mount_point *mount)
+{
+    char *text = NULL;
+    return asprintf(&text, "%s:%s", mount->digest ? mount->digest : mount->label, mount->path) < 0 ? NULL : text;
+}
+
+static char *describe_label(const struct mount_point *mount)
+{
+    return strdup(mount->label);
+}
+
+static char *describe_digest(const struct mount_point *mount)
+{
+    return strdup(mount->digest ? mount->digest : "");
+}
+
+static bool describe(spank_t spank)
+{
+    return set_joined(spank, "UENV_MOUNT_LIST", describe_mount) && set_joined(spank, "UENV_LABEL", describe_label) &&
+           set_joined(spank, "UENV_DIGEST", describe_digest) &&
+           (step.view ? sw_setenv(spank, "UENV_VIEW", step.view) : sw_unsetenv(spank, "UENV_VIEW"));
+}
+
+static void describe_nothing(spank_t spank)
+{
+    for (size_t i = 0; i < sizeof described / sizeof *described; i++)
+        sw_unsetenv(spank, described[i]);
+    sw_unsetenv(spank, ENV_APPLIED);
+}
+
+static bool prepare_task(const struct plugin *plugin, spank_t spank, const char *node, bool speaks, bool first_node,
+                         struct failure *failure)
+{
+    if (speaks && first_node)
+        report_notes(NULL, &step.answer);
+    if (step.mounts.waiting && !wait_for_bytes(plugin, speaks ? node : NULL, failure))
+        return false;
+    struct env_access access = sw_environ(spank);
+    if (!environ_apply(&step.ops, &access, failure))
+        return false;
+    return describe(spank) || failure_set(failure, CODE_INTERNAL, NULL, "cannot change the environment of the task");
+}
+
+static char *node_name(spank_t spank)
+{
+    bool ok;
+    char *name = sw_getenv(spank, "SLURMD_NODENAME", &ok);
+    char host[256] = "this node";
+    if (!name && gethostname(host, sizeof host) == 0)
+        host[sizeof host - 1] = '\0';
+    return name ? name : strdup(host);
+}
+
+void remote_task_init(const struct plugin *plugin, spank_t spank)
+{
+    if (step.mode == STEP_WITHOUT)
+        describe_nothing(spank);
+    if (step.mode != STEP_WITH)
+        return;
+    bool ok;
+    int task = 0;
+    bool speaks = !sw_local_task(spank, &task) || task == 0;
+    char *node = node_name(spank), *node_number = sw_getenv(spank, "SLURM_NODEID", &ok);
+    bool first_node = !node_number || !strcmp(node_number, "0");
+    if (step.failure.set || !prepare_task(plugin, spank, node, speaks, first_node, &step.failure)) {
+        if (speaks)
+            report_failure(node, &step.failure);
+        _exit(1); /* a task must not run without what was asked for; returning -1 would add two lines per task */
+    }
+    free(node);
+    free(node_number);
+}
+
+void remote_exit(void)
+{
+    client_close(&step.lease);
+    mounts_free(&step.mounts);
+    env_ops_free(&step.ops);
+    reply_free(&step.answer);
+    failure_clear(&step.failure);
+    free(step.view);
+    step.view = NULL;
+    step.mode = STEP_PLAIN;
+}

@@ -1,0 +1,116 @@
+"""What a worker can no longer do after `confine`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from support.fusetools import NOBODY, SOMEBODY
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="starts processes as root and as other users")
+
+REPORT = """
+import json, os, resource, signal, sys
+from uenvd.fuse.confine import capability_sets, confine
+a, b = os.pipe()
+confine(**eval(sys.argv[1]))
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+def attempt(function, *args):
+    try: function(*args)
+    except OSError as error: return error.errno
+    return 0
+def is_open(fd):
+    try: os.fstat(fd)
+    except OSError: return False
+    return True
+print(json.dumps({
+    "ids": [os.getresuid(), os.getresgid(), os.getgroups()],
+    "caps": capability_sets(), "bounding": int(status["CapBnd"], 16), "ambient": int(status["CapAmb"], 16),
+    "nnp": status["NoNewPrivs"].strip(), "cwd": os.getcwd(), "sid": os.getsid(0) == os.getpid(),
+    "core": resource.getrlimit(resource.RLIMIT_CORE), "files": resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+    "space": resource.getrlimit(resource.RLIMIT_AS)[1],
+    "ignored": [signal.getsignal(s) == signal.SIG_IGN for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)],
+    "open": [is_open(fd) for fd in (0, 1, 2, a, b)],
+    "setuid": attempt(os.setuid, 0), "mem": attempt(open, "/proc/self/mem"), "chroot": attempt(os.chroot, "/"),
+}))
+"""
+
+
+def confined(arguments: str, **popen: Any) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT, arguments], capture_output=True, text=True, check=False, timeout=30, **popen
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def check_doors(told: dict[str, Any]) -> None:
+    assert told["caps"] == [0, 0, 0]
+    assert told["ambient"] == 0
+    assert told["nnp"] == "1"
+    assert told["cwd"] == "/"
+    assert told["core"] == [0, 0]
+    assert told["files"] <= 1024
+    assert told["space"] > 0
+    assert told["ignored"] == [True] * 4
+    assert told["open"] == [True, True, True, False, False]
+    assert told["setuid"] == told["chroot"] == 1
+
+
+def test_from_root_to_an_unprivileged_user() -> None:
+    told = confined(f"dict(uid={NOBODY}, gid={SOMEBODY}, groups=(7, 8))")
+    assert told["ids"] == [[NOBODY] * 3, [SOMEBODY] * 3, [7, 8]]
+    assert told["bounding"] == 0
+    assert told["sid"]
+    check_doors(told)
+
+
+def test_root_that_stays_root_has_no_capabilities() -> None:
+    told = confined("dict()")
+    assert told["bounding"] == 0
+    assert told["caps"] == [0, 0, 0]
+    assert told["chroot"] == 1
+
+
+def test_an_ordinary_user_shuts_the_same_doors() -> None:
+    told = confined("dict()", user=NOBODY, group=NOBODY, extra_groups=[])
+    assert told["ids"][0] == [NOBODY] * 3
+    check_doors(told)
+
+
+def test_an_ordinary_user_may_name_himself() -> None:
+    told = confined(f"dict(uid={NOBODY}, gid={NOBODY})", user=NOBODY, group=NOBODY, extra_groups=[])
+    check_doors(told)
+
+
+def test_what_is_kept_stays_open() -> None:
+    assert confined("dict(keep=frozenset({b}))")["open"] == [True, True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (f"dict(uid={SOMEBODY}, gid={SOMEBODY})", "dropping privileges: Operation not permitted"),
+        (f"dict(uid={SOMEBODY})", "uid but no gid"),
+        ("dict(mount_namespace_fd=a)", "entering the mount namespace: Invalid argument"),
+    ],
+)
+def test_failure_is_an_error_not_a_half_confined_worker(arguments: str, reason: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT, arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+        user=NOBODY,
+        group=NOBODY,
+        extra_groups=[],
+    )
+    assert done.returncode == 1
+    assert "WorkerFailed" in done.stderr
+    assert reason in done.stderr

@@ -1,0 +1,155 @@
+"""What the user sees: data on stdout, everything else on stderr.
+
+Texts that come from an image, a registry or the daemon go through `printable`, so that they cannot drive the terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from uenvd.errors import UenvError
+
+PROGRAM = "uenvctl"
+_BAR_WIDTH = 24
+_FIRST_LINE_S = 1.0
+_LINE_EVERY_S = 10.0
+_BAR_EVERY_S = 0.1
+
+
+def printable(text: str) -> str:
+    """Return the text with everything but printable characters and newlines replaced by ``?``."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+def coloured(stream: Any) -> bool:  # noqa: ANN401 - a text stream
+    """Tell whether to colour what goes to this stream (https://no-color.org)."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and bool(stream.isatty())
+
+
+def say(text: str) -> None:
+    """Write one line to stderr; a stderr that is closed or full does not matter."""
+    try:
+        sys.stderr.write(printable(text) + "\n")
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        return
+
+
+def note(text: str) -> None:
+    """Tell the user something that is not an error."""
+    say(f"{PROGRAM}: {text}")
+
+
+def report(error: UenvError) -> None:
+    """Write an error and its hint to stderr."""
+    say(f"{PROGRAM}: {error.message}")
+    if error.hint:
+        say(f"hint: {error.hint}")
+
+
+def data(text: str) -> None:
+    """Write data to stdout. Raises BrokenPipeError when nobody reads it, other OSErrors when it cannot be stored."""
+    sys.stdout.write(text + "\n")
+
+
+def data_json(value: Any) -> None:  # noqa: ANN401 - any JSON value
+    """Write a value as indented JSON to stdout."""
+    data(json.dumps(value, indent=2))
+
+
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()
+) -> str:
+    """Align rows in columns two spaces apart; columns in `right` are right-aligned; an empty header is left out."""
+    lines = [
+        [printable(cell).replace("\n", " ") for cell in row] for row in ([header, *rows] if header else rows)
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def megabytes(size_bytes: int) -> str:
+    """Return a size in MB (10^6 bytes), with one decimal when it is small."""
+    size = size_bytes / 1e6
+    return f"{size:.0f}" if size >= 10 else f"{size:.1f}"
+
+
+class Progress:
+    """Shows the daemon's progress events on stderr: a bar on a terminal, else a line after 1 s and every 10 s.
+
+    Use as a context manager; leaving it clears the bar.
+    """
+
+    def __init__(self, *, clock: Any = time.monotonic, stream: Any = None) -> None:  # noqa: ANN401
+        self._clock = clock
+        self._stream = sys.stderr if stream is None else stream
+        try:
+            self._bar = bool(self._stream.isatty()) and os.environ.get("TERM") != "dumb"
+        except (ValueError, AttributeError):  # closed or absent
+            self._bar = False
+        self._next = clock() + (0.2 if self._bar else _FIRST_LINE_S)
+        self._drawn = False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._drawn and self._bar:
+            self._write("\r\x1b[K")
+        self._drawn = False
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Take one event of the protocol."""
+        now = self._clock()
+        if event.get("event") != "progress" or now < self._next:
+            return
+        text = self._text(event)
+        if self._bar:
+            self._next = now + _BAR_EVERY_S
+            self._write("\r" + text[: self._columns() - 1] + "\x1b[K")
+        else:
+            self._next = now + _LINE_EVERY_S
+            self._write(f"{PROGRAM}: {text}\n")
+        self._drawn = True
+
+    def _text(self, event: Mapping[str, Any]) -> str:
+        done, total = (_count(event.get(key)) for key in ("done_bytes", "total_bytes"))
+        message = printable(str(event.get("message") or event.get("phase") or "waiting")).replace("\n", " ")
+        if total <= 0:
+            return message
+        share = min(1.0, done / total)
+        size = f"{megabytes(done)} of {megabytes(total)} MB"
+        if not self._bar:
+            return f"{message}: {size}"
+        full = int(share * _BAR_WIDTH)
+        return f"[{'#' * full}{'.' * (_BAR_WIDTH - full)}] {share:4.0%} {size}  {message}"
+
+    def _columns(self) -> int:
+        try:
+            return max(20, os.get_terminal_size(self._stream.fileno()).columns)
+        except (OSError, ValueError, AttributeError):
+            return 80
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            return
+
+
+def _count(value: object) -> int:
+    return int(value) if isinstance(value, (int, float)) and 0 <= value < 2**63 else 0
