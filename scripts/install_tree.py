@@ -187,7 +187,9 @@ def install(destdir: Path, prefix: str) -> None:
 
 def main() -> int:
     """Return the exit status."""
-    parser = argparse.ArgumentParser(prog="make install", description="Install uenvd, all but the Slurm plugin.")
+    parser = argparse.ArgumentParser(
+        prog="make install", description="Install uenvd, all but the Slurm plugin."
+    )
     parser.add_argument("--destdir", default="", help="prepended to every path, for packaging")
     parser.add_argument("--prefix", default=DEFAULT_PREFIX, help="default: %(default)s")
     options = parser.parse_args()

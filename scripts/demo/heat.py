@@ -114,17 +114,24 @@ def main() -> int:
     comm.Gatherv(field, None if plate is None else (plate, counts))
 
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    for line in comm.gather(f"rank {comm.rank} of {comm.size} on {node}: rows {strip.first} to {strip.end - 1}") or ():
+    for line in (
+        comm.gather(f"rank {comm.rank} of {comm.size} on {node}: rows {strip.first} to {strip.end - 1}") or ()
+    ):
         print(line)
     difference = 0.0
     if plate is not None:
         reference = serial()
         difference = float(np.abs(plate - reference).max() / np.abs(reference).max())
-        print(f"numpy {np.__version__}, scipy {scipy.__version__}, {MPI.Get_library_version().splitlines()[0]}")
+        print(
+            f"numpy {np.__version__}, scipy {scipy.__version__}, {MPI.Get_library_version().splitlines()[0]}"
+        )
         print(f"python {sys.version.split()[0]} from {sys.executable}")
         print(f"{STEPS} steps on {POINTS} x {POINTS} points, {iterations} iterations in {elapsed_s:.2f} s")
         verdict = "equal" if difference < TOLERANCE else "WRONG"
-        print(f"parallel and serial result are {verdict}: largest relative difference {difference:.1e}", flush=True)
+        print(
+            f"parallel and serial result are {verdict}: largest relative difference {difference:.1e}",
+            flush=True,
+        )
     return int(comm.bcast(difference) >= TOLERANCE)
 
 

@@ -33,7 +33,9 @@ def tree() -> Iterator[Path]:
         yield destdir
 
 
-def run(*command: str | Path, user: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str | Path, user: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(word) for word in command],
         capture_output=True,
@@ -82,7 +84,9 @@ def test_modules_come_from_the_tree_alone(tree: Path) -> None:
     done = run(environment / "bin/python3", "-I", "-c", script)
     assert done.returncode == 0, done.stderr
     foreign = [
-        line for line in done.stdout.splitlines() if not line.startswith((str(environment), "/usr/lib/python3"))
+        line
+        for line in done.stdout.splitlines()
+        if not line.startswith((str(environment), "/usr/lib/python3"))
     ]
     assert foreign == []
 
@@ -125,7 +129,12 @@ def test_second_installation_keeps_the_configuration(tree: Path) -> None:
 
 def test_prefix_is_written_into_the_units(tmp_path: Path) -> None:
     done = run(
-        sys.executable, CHECKOUT / "scripts/install_tree.py", "--destdir", tmp_path, "--prefix", "/srv/apps/uenvd"
+        sys.executable,
+        CHECKOUT / "scripts/install_tree.py",
+        "--destdir",
+        tmp_path,
+        "--prefix",
+        "/srv/apps/uenvd",
     )
     assert done.returncode == 0, done.stderr
     unit = (tmp_path / "usr/lib/systemd/system/uenvd.service").read_text()
@@ -139,7 +148,9 @@ def test_plugin_is_installed_where_slurm_looks(tree: Path) -> None:
     assert (Path("/") / plugin.relative_to(tree)).parent.joinpath("auth_munge.so").exists()
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze (Debian: systemd) is missing")
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze (Debian: systemd) is missing"
+)
 def test_systemd_accepts_the_units(tree: Path) -> None:
     # systemd-analyze resolves dependencies within the root that it is given, so the system's own units have to be there.
     shutil.copytree("/lib/systemd/system", tree / "usr/lib/systemd/system", symlinks=True, dirs_exist_ok=True)
@@ -153,7 +164,9 @@ def test_systemd_accepts_the_units(tree: Path) -> None:
     assert (done.returncode, about_us) == (0, [])
 
 
-@pytest.mark.skipif(shutil.which("systemd-sysusers") is None, reason="systemd-sysusers (Debian: systemd) is missing")
+@pytest.mark.skipif(
+    shutil.which("systemd-sysusers") is None, reason="systemd-sysusers (Debian: systemd) is missing"
+)
 @pytest.mark.skipif(os.geteuid() != 0, reason="making users and directories below a root needs root")
 def test_sysusers_and_tmpfiles_make_what_the_daemon_needs(tree: Path) -> None:
     made = run("systemd-sysusers", f"--root={tree}", "uenvd.conf")
@@ -179,7 +192,13 @@ def test_units_keep_what_running_jobs_depend_on(tree: Path) -> None:
     assert service["PrivateMounts"] == "yes"
     assert "WatchdogSec" in service
     assert "FileDescriptorStoreMax" in service
-    for setting in ("ProtectSystem", "ProtectHome", "RestrictNamespaces", "ProtectKernelTunables", "PrivateUsers"):
+    for setting in (
+        "ProtectSystem",
+        "ProtectHome",
+        "RestrictNamespaces",
+        "ProtectKernelTunables",
+        "PrivateUsers",
+    ):
         assert setting not in service, f"{setting} would keep uenvd from its work"
     listener = unit_section(tree, "uenvd.socket", "Socket")
     assert (listener["ListenStream"], listener["SocketMode"]) == ("/run/uenvd/control", "0666")

@@ -16,12 +16,21 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parents[2]
 NEEDED = ("pyproject.toml", "README.md", "LICENSE", "uenvd", "scripts")
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user, to try what he can run, needs root")
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0, reason="becoming another user, to try what he can run, needs root"
+)
 
 
-def call(*command: str | Path, cwd: Path | str = "/", user: str | None = None) -> subprocess.CompletedProcess[str]:
+def call(
+    *command: str | Path, cwd: Path | str = "/", user: str | None = None
+) -> subprocess.CompletedProcess[str]:
     # Without an index pip can fetch nothing: a set-up that wants the network a second time fails here.
-    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PIP_NO_INDEX": "1", "PIP_NO_CACHE_DIR": "1"}
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": "/nonexistent",
+        "PIP_NO_INDEX": "1",
+        "PIP_NO_CACHE_DIR": "1",
+    }
     return subprocess.run(
         [str(word) for word in command],
         capture_output=True,
@@ -69,7 +78,7 @@ def program(checkout: Path, name: str) -> Path:
 
 def test_nobody_runs_the_programs(closed: Path) -> None:
     assert (closed / ".venv").is_symlink()
-    assert call(closed / "scripts/setup.sh", user="nobody").returncode != 0, "the checkout is not closed"
+    assert call("test", "-e", closed / "scripts", user="nobody").returncode != 0, "the checkout is not closed"
     for name in ("uenvctl", "uenvd"):
         done = call(program(closed, name), "--version", user="nobody")
         assert done.returncode == 0, done.stderr
@@ -98,7 +107,10 @@ def test_changed_source_is_installed_again(closed: Path) -> None:
     source.write_text(source.read_text() + "\nCHANGED = True\n")
     done = call(closed / "scripts/setup.sh")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert call(program(closed, "python"), "-c", "from uenvd.errors import CHANGED", user="nobody").returncode == 0
+    assert (
+        call(program(closed, "python"), "-c", "from uenvd.errors import CHANGED", user="nobody").returncode
+        == 0
+    )
 
 
 def test_directory_of_somebody_else_is_refused() -> None:
@@ -131,4 +143,6 @@ def test_open_checkout_keeps_its_environment_inside() -> None:
 
 
 def test_interpreter_is_the_systems() -> None:
-    assert Path(sys.executable).resolve().parent == Path("/usr/bin"), "tests run in .venv, made with /usr/bin/python3"
+    assert Path(sys.executable).resolve().parent == Path("/usr/bin"), (
+        "tests run in .venv, made with /usr/bin/python3"
+    )

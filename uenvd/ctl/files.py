@@ -123,7 +123,7 @@ def _spawn(channel_fd: int, errors_fd: int) -> None:
                 null_fd = fcntl.fcntl(os.open(os.devnull, os.O_RDWR), fcntl.F_DUPFD_CLOEXEC, 3)
                 for target, source in enumerate((null_fd, null_fd, errors_fd)):
                     os.dup2(source, target)
-                os.execv(command[0], [*command, str(channel_fd)])
+                os.execv(command[0], [*command, str(channel_fd)])  # noqa: S606 - our own program
         finally:
             os._exit(127)
     os.waitpid(pid, 0)

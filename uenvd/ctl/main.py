@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_stdout()
         output.note(f"{error.strerror}{f': {os.fsdecode(error.filename)}' if error.filename else ''}")
         return UenvError.exit_status
-    except Exception as error:  # noqa: BLE001 - the one place where a fault of our own is reported
+    except Exception as error:  # the one place where a fault of our own is reported
         if os.environ.get("UENVD_DEBUG"):
             raise
         output.report(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import NoReturn
 
-from uenvd.ctl.arguments import FLAG, VALUE, parse
+from uenvd.ctl.arguments import FLAG, VALUE, Arguments, parse
 from uenvd.errors import UsageError
 
 HELP = """\
@@ -37,6 +38,10 @@ def main(argv: Sequence[str]) -> int:
     if "--help" in arguments.flags:
         print(HELP, end="")
         return 0
+    return _run(arguments)
+
+
+def _run(arguments: Arguments) -> NoReturn:
     if not arguments.rest:
         raise UsageError("there is no command to run", hint="for a shell: uenvctl start UENV")
     from uenvd.ctl.client import socket_path

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -66,6 +67,8 @@ class Part(NamedTuple):
     name: str
     source: str
     digest: str | None
+    identity: str
+    """What stands for its bytes in the key of applied views."""
 
 
 class Plan(NamedTuple):
@@ -197,7 +200,7 @@ def _mapped_by_daemon(client: Client | None) -> bool:
 def attach(parts: Iterable[Part]) -> None:
     """Attach the images, outer mount points first. Raises `MountConflict`, `MountPointError`, `MountFailed`."""
     ordered = sorted(parts, key=lambda part: part.mount.split("/"))
-    for first, second in zip(ordered, ordered[1:], strict=False):
+    for first, second in itertools.pairwise(ordered):
         if first.mount == second.mount:
             raise MountConflict(
                 f"{first.label} and {second.label} both want to be mounted at {first.mount}",
@@ -258,8 +261,8 @@ def build(
                 f"{one.path} does not say where it wants to be mounted",
                 hint=f"name a mount point: {one.path}:/user-environment",
             )
-        name = meta.name if meta is not None else os.path.basename(path)
-        parts.append(Part(mount_fd, mount, str(one.path), name, path, None))
+        name = meta.name if meta is not None else path.rpartition("/")[2]
+        parts.append(Part(mount_fd, mount, str(one.path), name, path, None, _identity(path)))
         metas.append((None, meta))
     ops: list[EnvOp] = []
     keys: list[str] = []
@@ -267,7 +270,7 @@ def build(
     if files:
         selected = select_views(metas, mine, plan.use_default)
         ops += view_ops(selected)
-        keys.append(applied_key([_identity(part.source) for part in parts], selected))
+        keys.append(applied_key([part.identity for part in parts], selected))
     if plan.labels and client is not None:
         added, remote_ops, key = _from_daemon(client, plan, theirs, refresh=refresh)
         parts += added
@@ -291,7 +294,7 @@ def _courtesy(socket_path: str) -> Client | None:
 
 def _identity(path: str) -> str:
     """Return what tells this state of a file from another, for the key of applied views."""
-    status = os.stat(path)
+    status = os.stat(path)  # noqa: PTH116 - pathlib is slow to import
     return f"{path}@{status.st_size:x}.{status.st_mtime_ns:x}"
 
 
@@ -356,7 +359,8 @@ def _parts(frame: Mapping[str, Any], descriptors: Sequence[int]) -> list[Part]:
         mount, label, digest = raw["mount"], raw["label"], raw["digest"]
         if clean_mount(mount) != mount or not isinstance(label, str) or not isinstance(digest, str | None):
             raise ValueError("a mount has no proper mount point, label or digest")
-        parts.append(Part(descriptor, mount, label, label.partition("/")[0], digest or label, digest))
+        source = digest or label
+        parts.append(Part(descriptor, mount, label, label.partition("/")[0], source, digest, source))
     return parts
 
 
@@ -383,7 +387,7 @@ def session_environment(
             result.pop(name, None)
         else:
             result[name] = value
-    by_identity = {part.digest or _identity(part.source): part for part in parts}
+    by_identity = {part.identity: part for part in parts}
     result["UENV_MOUNT_LIST"] = ",".join(f"{part.source}:{part.mount}" for part in parts)
     result["UENV_LABEL"] = ",".join(part.label for part in parts)
     result["UENV_DIGEST"] = ",".join(part.digest or "" for part in parts)

@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import trio
 
@@ -29,7 +29,15 @@ from uenvd.errors import (
     UenvError,
 )
 from uenvd.label import Label
-from uenvd.oci.manifest import CONFIG_TYPE, Descriptor, ImageConfig, Manifest, parse_config, squashfs_layer
+from uenvd.oci.manifest import (
+    CONFIG_TYPE,
+    MAX_CONFIG_BYTES,
+    Descriptor,
+    ImageConfig,
+    Manifest,
+    parse_config,
+    squashfs_layer,
+)
 from uenvd.oci.reference import repository_of
 from uenvd.oci.remote import Remote
 
@@ -41,7 +49,9 @@ _REGISTRY_THREADS: Final = 16
 _QUIET_S: Final = 3.0
 """After a failure the registry is left alone for this long."""
 _MAX_MANIFESTS: Final = 512
-_MAX_CONFIG_BYTES: Final = 1 << 20
+_MAX_ANSWERS: Final = 20_000
+_REWRITE_S: Final = 3600.0
+"""An unchanged answer is written to disk again only this often."""
 _THREAD_GRACE_S: Final = 0.4
 
 
@@ -52,6 +62,8 @@ class Image:
     found: Found
     manifest: Manifest
     layer: Descriptor
+    raw_config: bytes | None
+    """Our config blob as it was pushed; None for an image of a stock client."""
     config: ImageConfig | None
 
 
@@ -78,7 +90,8 @@ class Catalogue:
         self._remote = remote
         self._store = store
         self._limiter = trio.CapacityLimiter(_REGISTRY_THREADS)
-        self._manifests: OrderedDict[str, tuple[Manifest, ImageConfig | None]] = OrderedDict()
+        self._manifests: OrderedDict[str, tuple[Manifest, bytes | None]] = OrderedDict()
+        self._answers: OrderedDict[tuple[str, str], tuple[Any, float]] = OrderedDict()
         self._quiet_until = float("-inf")
         self._failure: UenvError | None = None
 
@@ -94,13 +107,13 @@ class Catalogue:
 
     # --- what a label means -------------------------------------------------------------------------------------------
 
-    async def resolve(self, wanted: Label, question: Question) -> Image:
+    async def resolve(self, asked: Label, question: Question) -> Image:
         """Return the one image that a label means.
 
         Raises `LabelError`, `UnknownLabel`, `AmbiguousLabel`, `AccessDenied`, or the registry's error when nothing is remembered.
         """
-        resolution.need_name(wanted)
-        wanted = self._complete(wanted)
+        resolution.need_name(asked)
+        wanted = self._complete(asked)
         repositories = await self._candidates(wanted, question)
         found: list[Found] = []
         known: dict[str, Sequence[str]] = {}
@@ -119,12 +132,12 @@ class Catalogue:
             )
         if not found:
             known |= await self._others(wanted, question)
-        return await self.image(resolution.choose(wanted, found, known), question)
+        return await self.image(resolution.choose(asked, found, known), question)
 
     async def image(self, found: Found, question: Question) -> Image:
         """Return an image with its manifest and metadata."""
-        manifest, config = await self._manifest(found.repository.path, found.digest, question)
-        return Image(found, manifest, squashfs_layer(manifest), config)
+        manifest, raw_config = await self._manifest(found.repository.path, found.digest, question)
+        return make_image(found, manifest, raw_config)
 
     async def find(self, wanted: Label, question: Question) -> list[Found]:
         """Return every tagged image that a label with any fields missing may mean; the name is a prefix."""
@@ -178,16 +191,21 @@ class Catalogue:
     async def _repositories(self, wanted: Label, question: Question) -> list[str]:
         prefix = f"{wanted.namespace}/" if wanted.system == "*" else f"{wanted.namespace}/{wanted.system}/"
         return await self._remembered(
-            f"repositories {prefix}",
+            ("repositories", prefix),
             question,
-            lambda: self._remote.repositories(prefix),
-            _text_list,
+            ask=lambda: self._remote.repositories(prefix),
+            recall=lambda: self._store.recall_repositories(prefix),
+            remember=lambda answer, when_s: self._store.remember_repositories(prefix, answer, when_s),
         )
 
     async def tags(self, repository: str, question: Question) -> list[str]:
         """Return the tags of a repository; [] when there is no such repository."""
         return await self._remembered(
-            f"tags {repository}", question, lambda: self._remote.tags(repository), _text_list
+            ("tags", repository),
+            question,
+            ask=lambda: self._remote.tags(repository),
+            recall=lambda: self._store.recall_tags(repository),
+            remember=lambda answer, when_s: self._store.remember_tags(repository, answer, when_s),
         )
 
     async def digest(self, repository: str, tag: str, question: Question) -> str:
@@ -195,11 +213,16 @@ class Catalogue:
 
         def ask() -> str:
             manifest = self._remote.manifest(repository, tag)
-            config = self._fetch_config(repository, manifest)
-            self._keep(manifest, config)
+            self._keep(manifest, self._fetch_config(repository, manifest))
             return manifest.digest
 
-        return await self._remembered(f"digest {repository}:{tag}", question, ask, _text)
+        return await self._remembered(
+            ("digest", f"{repository}:{tag}"),
+            question,
+            ask=ask,
+            recall=lambda: self._store.recall_tag(repository, tag),
+            remember=lambda answer, when_s: self._store.remember_tag(repository, tag, answer, when_s),
+        )
 
     async def _has_manifest(self, repository: Repository, digest: str, question: Question) -> bool:
         try:
@@ -210,57 +233,63 @@ class Catalogue:
 
     async def _manifest(
         self, repository: str, digest: str, question: Question
-    ) -> tuple[Manifest, ImageConfig | None]:
-        kept = self._manifests.get(digest)
-        if kept is not None:
-            self._manifests.move_to_end(digest)
-            return kept
-        stored = await trio.to_thread.run_sync(self._store.image, digest)
-        if stored is not None:
-            self._keep(stored.manifest, stored.config)
-            return stored.manifest, stored.config
+    ) -> tuple[Manifest, bytes | None]:
+        kept = self._manifests.get(digest) or await trio.to_thread.run_sync(self._stored, digest)
+        if kept is None:
 
-        def ask() -> tuple[Manifest, ImageConfig | None]:
-            manifest = self._remote.manifest(repository, digest)
-            return manifest, self._fetch_config(repository, manifest)
+            def ask() -> tuple[Manifest, bytes | None]:
+                manifest = self._remote.manifest(repository, digest)
+                return manifest, self._fetch_config(repository, manifest)
 
-        manifest, config = await self._ask(question, ask)
-        self._keep(manifest, config)
-        return manifest, config
+            kept = await self._ask(question, ask)
+        self._keep(*kept)
+        return kept
 
-    def _fetch_config(self, repository: str, manifest: Manifest) -> ImageConfig | None:
+    def _stored(self, digest: str) -> tuple[Manifest, bytes | None] | None:
+        manifest = self._store.manifest(digest)
+        return None if manifest is None else (manifest, self._store.config(manifest))
+
+    def _fetch_config(self, repository: str, manifest: Manifest) -> bytes | None:
         if manifest.config.media_type != CONFIG_TYPE:
             return None
-        try:
-            return parse_config(self._remote.small_blob(repository, manifest.config, _MAX_CONFIG_BYTES))
-        except ManifestError as error:
-            log.warning("the metadata of %s in %s is unusable: %s", manifest.digest, repository, error)
-            return None
+        return self._remote.small_blob(repository, manifest.config, MAX_CONFIG_BYTES)
 
-    def _keep(self, manifest: Manifest, config: ImageConfig | None) -> None:
-        self._manifests[manifest.digest] = (manifest, config)
+    def _keep(self, manifest: Manifest, raw_config: bytes | None) -> None:
+        self._manifests[manifest.digest] = (manifest, raw_config)
+        self._manifests.move_to_end(manifest.digest)
         while len(self._manifests) > _MAX_MANIFESTS:
             self._manifests.popitem(last=False)
 
     async def _remembered(
-        self, key: str, question: Question, ask: Callable[[], T], check: Callable[[object], T | None]
+        self,
+        key: tuple[str, str],
+        question: Question,
+        *,
+        ask: Callable[[], T],
+        recall: Callable[[], tuple[T, float] | None],
+        remember: Callable[[T, float], None],
     ) -> T:
-        remembered = await trio.to_thread.run_sync(self._store.recall, key)
-        value = None if remembered is None else check(remembered.value)
-        now = time.time()
-        if remembered is not None and value is not None and not question.refresh:
-            age_s = now - remembered.when_s
-            if 0 <= age_s < self._config.resolve_ttl_s:
-                return value
+        known: tuple[T, float] | None = self._answers.get(key)
+        if known is None:
+            known = await trio.to_thread.run_sync(recall)
+        now_s = time.time()
+        if known is not None and not question.refresh and 0 <= now_s - known[1] < self._config.resolve_ttl_s:
+            return known[0]
         try:
             answer = await self._ask(question, ask)
         except (RegistryUnreachable, RegistryDenied) as error:
-            if remembered is None or value is None:
+            if known is None:
                 raise
-            question.note(f"{_first_line(error)}; using what it said {_ago(now - remembered.when_s)}")
-            return value
-        if answer or remembered is not None:  # names that somebody made up do not fill the disk
-            await trio.to_thread.run_sync(self._store.remember, key, answer, now)
+            question.note(f"{_first_line(error)}; using what it said {_ago(now_s - known[1])}")
+            return known[0]
+        self._answers[key] = (answer, now_s)
+        self._answers.move_to_end(key)
+        while len(self._answers) > _MAX_ANSWERS:
+            self._answers.popitem(last=False)
+        if known is None and not answer:
+            return answer  # names that somebody made up do not fill the disk
+        if known is None or known[0] != answer or now_s - known[1] > _REWRITE_S:
+            await trio.to_thread.run_sync(remember, answer, now_s)
         return answer
 
     async def _ask(self, question: Question, ask: Callable[[], T]) -> T:
@@ -296,12 +325,15 @@ class Catalogue:
         self._quiet_until = trio.current_time() + _QUIET_S
 
 
-def _text_list(value: object) -> list[str] | None:
-    return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
+def make_image(found: Found, manifest: Manifest, raw_config: bytes | None) -> Image:
+    """Put together what is known of an image. Raises `ManifestError` when it is no squashfs image."""
+    config = None
+    if raw_config is not None:
+        try:
+            config = parse_config(raw_config)
+        except ManifestError as error:
+            log.warning("the metadata of %s is unusable: %s", manifest.digest, error)
+    return Image(found, manifest, squashfs_layer(manifest), raw_config, config)
 
 
 def _first_line(error: UenvError) -> str:

@@ -80,10 +80,10 @@ class Pulls:
         work = partial(
             self._store.put_manifest,
             found.repository.path,
-            found.tag,
             image.manifest,
             image.layer,
-            image.config,
+            image.raw_config,
+            tag=found.tag,
         )
         await trio.to_thread.run_sync(work)
 

@@ -75,7 +75,8 @@ def tags_to_ask(wanted: Label, tags: Sequence[str]) -> list[str]:
 def choose(wanted: Label, found: Sequence[Found], known: Mapping[str, Sequence[str]]) -> Found:
     """Return the one image that a label means.
 
-    ``known`` (repository -> tags) is what there is under other names, for the hint. Raises `UnknownLabel`, `AmbiguousLabel`.
+    ``wanted`` is the label as the user wrote it, ``known`` (repository -> tags) what there is under other names, for the hint.
+    Raises `UnknownLabel`, `AmbiguousLabel`.
     """
     digests = {one.digest for one in found}
     if len(digests) > 1:

@@ -29,7 +29,7 @@ from uenvd.daemon.mounter import Mounter
 from uenvd.daemon.peer import Identity
 from uenvd.daemon.pulls import Pulls
 from uenvd.daemon.workers import Worker, WorkerPool, begin_on
-from uenvd.errors import Cancelled, InternalError, UenvError
+from uenvd.errors import Cancelled, InternalError, InUse, UenvError
 from uenvd.handover import WorkerSetup
 from uenvd.oci.remote import Remote
 from uenvd.views import ImageMeta
@@ -37,6 +37,8 @@ from uenvd.views import ImageMeta
 log = logging.getLogger(__name__)
 
 _POLL_S: Final = 0.2
+_LET_GO_S: Final = 2.0
+"""How long the kernel and the worker may take to end a connection that nobody uses."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,22 @@ class ServedImages:
         if served.leases == 0:
             served.changed.set()
             served.changed = trio.Event()
+
+    async def let_go(self, digest: str) -> None:
+        """Give an idle image up before its time. Raises `InUse` while somebody has a lease on it or a mount of it."""
+        served = self._by_digest.get(digest)
+        if served is None:
+            return
+        if served.leases > 0:
+            raise InUse(
+                f"{served.label} is in use on this node",
+                hint=f"{served.leases} jobs or sessions have it mounted",
+            )
+        self._retire(served)
+        await self._mounter.remove(served.name)
+        with trio.move_on_after(_LET_GO_S):
+            while served.state not in ("gone", "failed"):
+                await served.changed.wait()
 
     async def clone(self, served: Served) -> int:
         """Return a descriptor of a detached mount of the image, its flags locked; the caller owns it."""

@@ -21,7 +21,7 @@ from uenvd import __version__, mounts, protocol
 from uenvd.cache.store import Store
 from uenvd.config import Config
 from uenvd.daemon import requests, resolution
-from uenvd.daemon.catalogue import Catalogue, Image, Question
+from uenvd.daemon.catalogue import Catalogue, Image, Question, make_image
 from uenvd.daemon.control import Answer, Connection
 from uenvd.daemon.peer import Identity, identity_of
 from uenvd.daemon.pulls import Pulls
@@ -29,14 +29,13 @@ from uenvd.daemon.requests import Wanted
 from uenvd.daemon.served import BlobSource, FileSource, Served, ServedImages
 from uenvd.errors import (
     AccessDenied,
-    InUse,
     LimitExceeded,
     MountConflict,
     SessionError,
     UenvError,
     UsageError,
 )
-from uenvd.label import Label, ViewName, parse_descriptions, parse_namespaced_label
+from uenvd.label import ViewName, parse_descriptions, parse_namespaced_label
 from uenvd.protocol import Request
 from uenvd.views import ImageMeta, ops_to_wire
 
@@ -172,17 +171,28 @@ class Service:
     async def _images(self, request: Request) -> Answer:
         wanted = parse_namespaced_label(request.uenv)
         wanted = wanted._replace(system=wanted.system or self._config.system)
-        records = []
-        for stored in await trio.to_thread.run_sync(self._store.images):
-            repository = resolution.Repository.parse(stored.repository)
-            if repository is None:
-                continue
-            for tag in stored.tags or (None,):
-                found = resolution.Found(repository, tag, stored.manifest.digest)
-                if wanted.matches(found.label._replace(digest=found.digest), name_prefix=True):
-                    image = Image(found, stored.manifest, stored.layer, stored.config)
-                    records.append(await self._record(image) | {"pinned": stored.pinned})
+        stored = await trio.to_thread.run_sync(self._stored_images)
+        matching = [
+            (image, pinned)
+            for image, pinned in stored
+            if wanted.matches(image.found.label._replace(digest=image.found.digest), name_prefix=True)
+        ]
+        records = [await self._record(image) | {"pinned": pinned} for image, pinned in matching]
         return Answer(protocol.success(records=records, notes=[]))
+
+    def _stored_images(self) -> list[tuple[Image, bool]]:
+        """Return every image of the cache under each of its tags, and whether it is pinned (blocking)."""
+        images = []
+        for cached in self._store.images():
+            repository = resolution.Repository.parse(cached.repository)
+            manifest = self._store.manifest(cached.manifest_digest)
+            if repository is None or manifest is None:
+                continue
+            raw_config = self._store.config(manifest)
+            for tag in cached.tags or (None,):
+                found = resolution.Found(repository, tag, cached.manifest_digest)
+                images.append((make_image(found, manifest, raw_config), cached.pinned))
+        return images
 
     async def _inspect(self, request: Request) -> Answer:
         question = self._catalogue.question(refresh=request.refresh)
@@ -400,9 +410,7 @@ class Service:
         if not connection.peer.is_root:
             raise AccessDenied("only root may evict images from the node's cache")
         stored = await self._stored(request)
-        for served in self._served:
-            if served.digest == stored:
-                raise InUse(f"{served.label} is in use on this node ({served.leases} leases)")
+        await self._served.let_go(stored)
         freed = await trio.to_thread.run_sync(self._store.evict, stored)
         return Answer(protocol.success(freed_bytes=freed))
 
@@ -420,14 +428,9 @@ class Service:
         if label.digest is not None:
             return label.digest
         wanted = label._replace(system=label.system or self._config.system)
-        found = []
-        for stored in await trio.to_thread.run_sync(self._store.images):
-            repository = resolution.Repository.parse(stored.repository)
-            if repository is not None:
-                tags = stored.tags or (None,)
-                found += [resolution.Found(repository, tag, stored.manifest.digest) for tag in tags]
-        matching = [one for one in found if wanted._replace(namespace=None).matches(one.label)]
-        return resolution.choose(Label(*wanted), matching, {}).digest
+        stored = await trio.to_thread.run_sync(self._stored_images)
+        matching = [image.found for image, _pinned in stored if wanted.matches(image.found.label)]
+        return resolution.choose(label, matching, {}).digest
 
     async def _status(self) -> Answer:
         used, free = await trio.to_thread.run_sync(self._store.usage)

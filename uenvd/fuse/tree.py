@@ -198,7 +198,7 @@ class Tree:
             return self._hole(span)
         data = self.blocks.get(block)
         if data is None:
-            if not block.compressed and _within(span):
+            if _stored_as_is(span):
                 return self._read_now(block.pos_bytes + span.start, span.stop - span.start)
             if block.stored_bytes > INLINE_BYTES:
                 return None
@@ -215,7 +215,7 @@ class Tree:
         block = span.block
         if block.stored_bytes == 0:
             return self._hole(span)
-        if not block.compressed and _within(span):
+        if _stored_as_is(span):
             data = self._read_at(block.pos_bytes + span.start, span.stop - span.start)
             if len(data) != span.stop - span.start:
                 raise FormatError("the image ends within a data block")
@@ -255,8 +255,14 @@ class Tree:
         return b"".join(self.part(span) for span in self.plan(ino, offset_bytes, size_bytes))
 
 
-def _within(span: Span) -> bool:
-    return span.stop <= span.block.stored_bytes
+def _stored_as_is(span: Span) -> bool:
+    """Tell whether the bytes of a span lie in the image as they are; a block of a wrong size is left to the decoder to refuse."""
+    block = span.block
+    if block.compressed or span.stop > block.stored_bytes:
+        return False
+    return block.stored_bytes == block.decoded_bytes or (
+        not block.exact and block.stored_bytes < block.decoded_bytes
+    )
 
 
 def _worth_keeping(span: Span, data: bytes) -> bool:

@@ -155,65 +155,61 @@ def _resolve(host: str, port: int, timeout_s: float) -> list[str]:
     return answer
 
 
-class _BoundedConnect:
+class _Bounded(urllib3.connection.HTTPConnection):
     """Name look-up and all connection attempts together stay within the connect timeout; sending has the read timeout."""
+
+    response_class = _Response
 
     def send(self, data: Any) -> None:  # noqa: ANN401 -- whatever http.client sends
         # A pooled socket still has the timeout of its last read, and urllib3 gives a new one the *connect* timeout for sends:
         # either would end a slow upload.
         watch = current()
-        conn = cast("urllib3.connection.HTTPConnection", self)
-        if watch is not None and conn.sock is not None:
+        if watch is not None and self.sock is not None:
             watch.check()
-            conn.sock.settimeout(watch.remaining(watch.timeout_read_s))
+            self.sock.settimeout(watch.remaining(watch.timeout_read_s))
         super().send(data)
 
     def _new_conn(self) -> socket.socket:
-        conn = cast("urllib3.connection.HTTPConnection", self)
-        host: str = conn._dns_host  # type: ignore[attr-defined]
-        timeout = conn.timeout if isinstance(conn.timeout, int | float) else 5.0
+        host = self._dns_host
+        timeout = self.timeout if isinstance(self.timeout, int | float) else 5.0
         end = time.monotonic() + timeout
         problem: OSError | None = None
         try:
-            for address in _resolve(host, conn.port, timeout):
+            for address in _resolve(host, self.port, timeout):
                 left = end - time.monotonic()
                 if left <= 0:
                     raise TimeoutError
                 try:
                     sock = create_connection(
-                        (address, conn.port), left, conn.source_address, conn.socket_options
+                        (address, self.port), left, self.source_address, self.socket_options
                     )
                 except OSError as error:
                     problem = error
                 else:
                     return sock
         except socket.gaierror as error:
-            raise urllib3.exceptions.NameResolutionError(host, conn, error) from error
+            raise urllib3.exceptions.NameResolutionError(host, self, error) from error
         except TimeoutError as error:
             raise urllib3.exceptions.ConnectTimeoutError(
-                conn, f"no connection to {host} within {timeout:g} s"
+                self, f"no connection to {host} within {timeout:g} s"
             ) from error
         if isinstance(problem, TimeoutError):
             raise urllib3.exceptions.ConnectTimeoutError(
-                conn, f"no connection to {host} within {timeout:g} s"
+                self, f"no connection to {host} within {timeout:g} s"
             ) from problem
-        raise urllib3.exceptions.NewConnectionError(conn, f"no connection to {host}: {problem}") from problem
+        raise urllib3.exceptions.NewConnectionError(self, f"no connection to {host}: {problem}") from problem
 
 
-class _HTTPConnection(_BoundedConnect, urllib3.connection.HTTPConnection):
-    response_class = _Response
-
-
-class _HTTPSConnection(_BoundedConnect, urllib3.connection.HTTPSConnection):
-    response_class = _Response
+class _BoundedTLS(_Bounded, urllib3.connection.HTTPSConnection):
+    """The same over TLS."""
 
 
 class _HTTPPool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _HTTPConnection
+    ConnectionCls = _Bounded
 
 
 class _HTTPSPool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _HTTPSConnection
+    ConnectionCls = _BoundedTLS
 
 
 def install(manager: urllib3.PoolManager) -> None:

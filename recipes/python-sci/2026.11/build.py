@@ -91,7 +91,9 @@ def dynamic_section(path: Path) -> tuple[list[str], list[str], bool]:
     """
     text = run("readelf", "--wide", "--dynamic", path)
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", text)
-    paths = [entry for found in re.findall(r"\((?:RUNPATH|RPATH)\).*\[(.*)\]", text) for entry in found.split(":")]
+    paths = [
+        entry for found in re.findall(r"\((?:RUNPATH|RPATH)\).*\[(.*)\]", text) for entry in found.split(":")
+    ]
     return needed, paths, "(RUNPATH)" in text
 
 
@@ -174,7 +176,9 @@ def bundle_libraries(stage: Path) -> None:
 
     Raises `BuildError` when this machine lacks one of them.
     """
-    host = dict(re.findall(r"^\s*(\S+) \(libc6,x86-64.*\) => (\S+)$", run("/sbin/ldconfig", "-p"), re.MULTILINE))
+    host = dict(
+        re.findall(r"^\s*(\S+) \(libc6,x86-64.*\) => (\S+)$", run("/sbin/ldconfig", "-p"), re.MULTILINE)
+    )
     inside = {path.name for path in stage.rglob("*.so*")}
     directory = stage / INTERPRETER / "lib"
     bundled: set[str] = set()
@@ -234,7 +238,9 @@ def audit(stage: Path) -> Iterator[str]:
             needed, paths, _ = dynamic_section(path)
             yield from (f"{name}: run path {entry}" for entry in paths if not entry.startswith("$ORIGIN"))
             for soname in needed:
-                if not (soname in libraries or HOST_LIBRARIES.match(soname) or OPTIONAL_LIBRARIES.match(soname)):
+                if not (
+                    soname in libraries or HOST_LIBRARIES.match(soname) or OPTIONAL_LIBRARIES.match(soname)
+                ):
                     yield f"{name}: needs {soname} of the host"
         elif path.is_file() and path.parent.name == "bin":
             first = path.read_bytes().partition(b"\n")[0].decode(errors="replace")
@@ -253,8 +259,25 @@ print(json.dumps(sorted(path for path in mapped if not path.startswith(prefix)))
 """
 MODULES = (
     *("bz2", "ctypes", "curses", "lzma", "readline", "sqlite3", "ssl", "uuid", "zlib"),
-    *("mpi4py.MPI", "numpy", "numpy.fft", "numpy.linalg", "numpy.random", "scipy.fft", "scipy.integrate", "scipy.interpolate"),
-    *("scipy.io", "scipy.linalg", "scipy.ndimage", "scipy.optimize", "scipy.signal", "scipy.sparse.linalg", "scipy.spatial"),
+    *(
+        "mpi4py.MPI",
+        "numpy",
+        "numpy.fft",
+        "numpy.linalg",
+        "numpy.random",
+        "scipy.fft",
+        "scipy.integrate",
+        "scipy.interpolate",
+    ),
+    *(
+        "scipy.io",
+        "scipy.linalg",
+        "scipy.ndimage",
+        "scipy.optimize",
+        "scipy.signal",
+        "scipy.sparse.linalg",
+        "scipy.spatial",
+    ),
     *("scipy.special", "scipy.stats"),
 )
 
@@ -318,12 +341,16 @@ def main() -> int:
     """Return the exit status."""
     parser = argparse.ArgumentParser(description="Build the squashfs image of python-sci/2026.11.")
     parser.add_argument("--output", type=Path, required=True, help="the image to write")
-    parser.add_argument("--cache", type=Path, default=Path("/var/tmp/uenvd-demo-cache"), help="downloads (%(default)s)")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("/var/tmp/uenvd-demo-cache"), help="downloads (%(default)s)"
+    )
     options = parser.parse_args()
     started_s = time.monotonic()
     try:
         if os.uname().machine != "x86_64" or sys.version_info[:2] != (3, 11):
-            raise BuildError("this recipe is for x86_64 and Debian 12's Python 3.11 (run it with /usr/bin/python3)")
+            raise BuildError(
+                "this recipe is for x86_64 and Debian 12's Python 3.11 (run it with /usr/bin/python3)"
+            )
         build(options.output.absolute(), options.cache.absolute())
     except (BuildError, OSError) as error:
         print(f"build.py: {error}", file=sys.stderr)
