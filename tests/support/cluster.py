@@ -231,13 +231,13 @@ class Cluster:
         """Start this node's slurmd (also again after `kill_node`)."""
         command = ["slurmd", "-D", "-N", node]
         if self.namespaces:
-            propagation = "shared" if self.shared else "private"
+            share = "mount --make-rshared / && " if self.shared else ""  # after the binds, or they would reach other nodes
             script = (
                 'hostname "$1" && mount --bind "$2/nodes/$1" "$2/control" && mount --bind "$2/etc/hosts" /etc/hosts'
-                " && shift 2 && exec" + ' "$@"'
+                f" && {share}shift 2 && exec" + ' "$@"'
             )
             command = [
-                *("unshare", "--mount", "--uts", "--propagation", propagation),
+                *("unshare", "--mount", "--uts", "--propagation", "private"),
                 *("bash", "-c", script, "bash", node, str(self.dir), *command),
             ]
         self._slurmds[node] = self._daemon(f"slurmd.{node}", command)

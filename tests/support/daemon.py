@@ -200,19 +200,16 @@ def end_process(pid: int) -> None:
         return
 
 
-def wait_until(condition: Any, what: str, deadline_s: float = 10.0) -> None:
-    """Poll a condition; fail with ``what`` when the deadline passes."""
-    deadline = time.monotonic() + deadline_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {deadline_s} s: {what}")
-        time.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
+def children_of(parent: int) -> dict[int, str]:
+    """Return the child processes of a process and their command lines."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+            if int(fields[1]) == parent and fields[0] != "Z":
+                found[int(stat.parent.name)] = (
+                    (stat.parent / "cmdline").read_text().replace("\0", " ").strip()
+                )
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -165,74 +162,3 @@ class Session:
         self.process.stdin.write(expression + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
-
-
-@dataclass(frozen=True)
-class Node:
-    """What two trees have to agree about for one path."""
-
-    mode: int
-    uid: int
-    gid: int
-    mtime_s: int
-    nlink: int
-    rdev: int
-    size_bytes: int
-    content: str
-    xattrs: tuple[tuple[str, bytes], ...]
-
-
-def snapshot(root: Path, *, xattrs: bool = True) -> dict[bytes, Node]:
-    """Return every node below a root by its path as bytes: attributes and a digest of the content or the link's target."""
-    base = os.fsencode(root)
-    found: dict[bytes, Node] = {}
-
-    def visit(path: bytes) -> None:
-        info = os.lstat(path)
-        content = ""
-        if stat.S_ISREG(info.st_mode):
-            with open(path, "rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-        elif stat.S_ISLNK(info.st_mode):
-            content = os.readlink(path).hex()
-        names = sorted(os.listxattr(path, follow_symlinks=False)) if xattrs else []
-        device = stat.S_ISBLK(info.st_mode) or stat.S_ISCHR(info.st_mode)
-        found[path[len(base) :]] = Node(
-            info.st_mode,
-            info.st_uid,
-            info.st_gid,
-            int(info.st_mtime),
-            0 if stat.S_ISDIR(info.st_mode) else info.st_nlink,
-            info.st_rdev if device else 0,
-            0 if stat.S_ISDIR(info.st_mode) else info.st_size,
-            content,
-            tuple((name, os.getxattr(path, name, follow_symlinks=False)) for name in names),
-        )
-        if stat.S_ISDIR(info.st_mode):
-            for name in os.listdir(path):
-                visit(path + b"/" + name)
-
-    visit(base)
-    return found
-
-
-def link_groups(root: Path) -> set[frozenset[bytes]]:
-    """Return the sets of paths that are one file."""
-    groups: dict[int, set[bytes]] = {}
-    base = os.fsencode(root)
-    for directory, _names, files in os.walk(base):
-        for name in files:
-            path = directory + b"/" + name
-            groups.setdefault(os.lstat(path).st_ino, set()).add(path[len(base) :])
-    return {frozenset(group) for group in groups.values() if len(group) > 1}
-
-
-def differences(ours: dict[bytes, Node], theirs: dict[bytes, Node]) -> list[str]:
-    """Describe where two snapshots differ, at most ten lines."""
-    lines = [f"{path!r}: only in one" for path in sorted(ours.keys() ^ theirs.keys())]
-    lines += [
-        f"{path!r}: {ours[path]} != {theirs[path]}"
-        for path in sorted(ours.keys() & theirs.keys())
-        if ours[path] != theirs[path]
-    ]
-    return lines[:10]

@@ -21,7 +21,7 @@ DEFAULT_SOCKET = "/run/uenvd/control"
 CONNECT_S = 3.0
 ANSWER_S = 3.0
 """For requests that the daemon answers from what it knows."""
-REGISTRY_ANSWER_S = 30.0
+REGISTRY_ANSWER_S = 35.0
 """For requests for which it may have to ask the registry, without events meanwhile."""
 
 _MAX_DESCRIPTORS = 253  # SCM_MAX_FD, include/net/scm.h: the most that one message can carry

@@ -30,6 +30,8 @@ def execute(command: Sequence[str], environ: Mapping[str, str], *, argv0: str | 
         try:
             _exec(path, arguments, environ)
         except OSError as error:
+            if error.errno == errno.EACCES and "/" not in name and not os.path.lexists(path):
+                continue  # a directory of PATH that is closed to the user
             if error.errno not in (errno.ENOENT, errno.ENOTDIR) or failure is None:
                 failure = error
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):

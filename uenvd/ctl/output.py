@@ -56,7 +56,7 @@ def report(error: UenvError) -> None:
 
 def data(text: str) -> None:
     """Write data to stdout. Raises BrokenPipeError when nobody reads it, other OSErrors when it cannot be stored."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text) + "\n")
 
 
 def data_json(value: Any) -> None:  # noqa: ANN401 - any JSON value

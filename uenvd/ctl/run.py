@@ -19,7 +19,6 @@ UENV is a label, name/version:tag@system%uarch, or the path of a squashfs file (
 :/mount/point if it shall not be mounted where the image wants to be. Files need no daemon.
 
   -v, --view VIEW     view or uenv:view, a comma list; else the image's default view, if it has one
-  --no-default-view   no view but those of --view
   --refresh           ask the registry what the label means, even if that was asked a moment ago
   --socket PATH       uenvd's control socket, default $UENVD_SOCKET or /run/uenvd/control
 
@@ -29,7 +28,7 @@ examples:
   uenvctl run ./a.squashfs:/user-environment,./b.squashfs:/user-tools -- ls /user-tools
 """
 
-OPTIONS = {"--view": VALUE, "--no-default-view": FLAG, "--refresh": FLAG}
+OPTIONS = {"--view": VALUE, "--refresh": FLAG}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,18 +47,10 @@ def _run(arguments: Arguments) -> NoReturn:
     from uenvd.ctl.execute import execute
     from uenvd.ctl.session import Plan, build, keep_lease, refuse_inside_session
 
-    plan = Plan.parse(
-        arguments.words[0],
-        arguments.values.get("--view"),
-        use_default="--no-default-view" not in arguments.flags,
-    )
+    plan = Plan.parse(arguments.words[0], arguments.values.get("--view"))
     refuse_inside_session("run")
-    environ, lease = build(
-        plan,
-        socket_path(arguments.values.get("--socket"), os.environ),
-        os.environ,
-        refresh="--refresh" in arguments.flags,
-    )
+    socket = socket_path(arguments.values.get("--socket"), os.environ)
+    environ, lease = build(plan, socket, os.environ, refresh="--refresh" in arguments.flags)
     if lease is not None:
         keep_lease(lease)
     execute(arguments.rest, environ)

@@ -76,10 +76,9 @@ class Plan(NamedTuple):
 
     descriptions: tuple[Description, ...]
     views: tuple[ViewName, ...]
-    use_default: bool
 
     @classmethod
-    def parse(cls, uenv: str, views: str | None, *, use_default: bool = True) -> Plan:
+    def parse(cls, uenv: str, views: str | None) -> Plan:
         """Parse the command line's texts. Raises `LabelError`, `MountPointError`, `MountConflict`."""
         descriptions = parse_descriptions(uenv)
         for one in descriptions:
@@ -94,7 +93,7 @@ class Plan(NamedTuple):
         for path in files:
             if files.count(path) > 1:
                 raise MountConflict(f"{path} is named twice")
-        return cls(descriptions, parse_views(views) if views is not None else (), use_default)
+        return cls(descriptions, parse_views(views) if views is not None else ())
 
     @property
     def files(self) -> list[Description]:
@@ -268,7 +267,7 @@ def build(
     keys: list[str] = []
     mine, theirs = _split_views(plan, metas)
     if files:
-        selected = select_views(metas, mine, plan.use_default)
+        selected = select_views(metas, mine, use_default=True)
         ops += view_ops(selected)
         keys.append(applied_key([part.identity for part in parts], selected))
     if plan.labels and client is not None:
@@ -322,11 +321,10 @@ def _from_daemon(
     client: Client, plan: Plan, views: Sequence[ViewName], *, refresh: bool
 ) -> tuple[list[Part], list[EnvOp], str]:
     """Ask the daemon for the mounts of the labels and wait until they can be used."""
-    view = ",".join(map(str, views)) if views else None if plan.use_default else ""
     reply = client.call(
         "mount",
         uenv=",".join(map(str, plan.labels)),
-        view=view,
+        view=",".join(map(str, views)) or None,
         refresh=refresh or None,
     )
     frame = reply.frame

@@ -70,6 +70,7 @@ async def _serve(config: Config, listener: socket.socket, private: PrivateMounts
     mounter = Mounter(private)
     workers = WorkerPool()
     try:
+        await mounter.start()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_on_signal, nursery.cancel_scope, notifier)
             nursery.start_soon(workers.run)

@@ -35,6 +35,10 @@ class Mounter:
         """The mount namespace that workers enter."""
         return self._private.outer_namespace_fd
 
+    async def start(self) -> None:
+        """Start the cloner. Raises `MountFailed` where it cannot run, so that the daemon ends before it says READY."""
+        self._cloner = await trio.to_thread.run_sync(start_cloner, self._private.directory)
+
     async def open_fuse(self) -> int:
         """Open ``/dev/fuse``. Raises `ResourceMissing`."""
         return await trio.to_thread.run_sync(mounts.open_fuse_device)

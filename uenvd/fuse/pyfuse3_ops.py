@@ -23,7 +23,7 @@ import pyfuse3
 import trio
 
 from uenvd.fuse.faults import Faults
-from uenvd.fuse.tree import Attributes, Part, Tree
+from uenvd.fuse.tree import NAME_MAX_BYTES, Attributes, Part, Tree
 from uenvd.squashfs import Block, Span
 
 _FOREVER_S = 10 * 365 * 86400
@@ -157,7 +157,7 @@ class Operations(pyfuse3.Operations):
         stats.f_bfree = stats.f_bavail = 0
         stats.f_files = superblock.inode_count
         stats.f_ffree = stats.f_favail = 0
-        stats.f_namemax = 255
+        stats.f_namemax = NAME_MAX_BYTES
         return stats
 
     @_guarded

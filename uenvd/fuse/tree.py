@@ -19,11 +19,10 @@ from uenvd.errors import FormatError
 from uenvd.fuse.blocks import BlockCache
 from uenvd.fuse.listing import Listings
 from uenvd.squashfs import Block, Image, Inode, InodeRef, Kind, Span
-from uenvd.squashfs.base import GenerationCache
 
 ROOT_INO = 1
 _INO_OFFSET = 2  # references begin at 0, inode numbers other than the root's at 2
-_INODES_KEPT = 2048
+NAME_MAX_BYTES = 255
 INLINE_BYTES = 8192
 """A stored block up to this size is decoded where it is asked for: a thread costs more than the work."""
 _ZEROS = bytes(1 << 20)
@@ -93,7 +92,6 @@ class Tree:
         self.image = Image(self._read_at, max(size_bytes, 0))
         self.block_size_bytes = self.image.superblock.block_size_bytes
         self.blocks = BlockCache(cache_bytes)
-        self._inodes: GenerationCache[int, Inode] = GenerationCache(_INODES_KEPT)
         self._listings = Listings(self.image)
 
     def _read_at(self, pos_bytes: int, size_bytes: int) -> bytes:
@@ -107,13 +105,9 @@ class Tree:
 
     def inode(self, ino: int) -> Inode:
         """Return the inode of a number that this class has given out."""
-        found = self._inodes.get(ino)
-        if found is None:
-            if ino < ROOT_INO:
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-            found = self.image.inode(self.image.root if ino == ROOT_INO else InodeRef(ino - _INO_OFFSET))
-            self._inodes.put(ino, found)
-        return found
+        if ino < ROOT_INO:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return self.image.inode(self.image.root if ino == ROOT_INO else InodeRef(ino - _INO_OFFSET))
 
     def attributes(self, ino: int) -> Attributes:
         """Return the attributes of an inode."""
@@ -139,6 +133,8 @@ class Tree:
 
     def lookup(self, parent_ino: int, name: bytes) -> Attributes | None:
         """Return the attributes of an entry of a directory, None when it has no such entry."""
+        if len(name) > NAME_MAX_BYTES:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         entry = self.image.lookup(self._directory(parent_ino), name)
         return None if entry is None else self.attributes(self.ino_of(entry.ref))
 
@@ -153,7 +149,8 @@ class Tree:
             yield Listed(b"..", self._attributes(number, directory), 2)
         with self._listings.open(ino, directory, max(offset - 2, 0)) as entries:
             for index, entry in entries:
-                yield Listed(entry.name, self.attributes(self.ino_of(entry.ref)), index + 3)
+                attributes = self._attributes(self.ino_of(entry.ref), self.image.child(entry))
+                yield Listed(entry.name, attributes, index + 3)
 
     def _directory(self, ino: int) -> Inode:
         inode = self.inode(ino)

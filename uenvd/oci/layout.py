@@ -104,6 +104,12 @@ class LayoutRemote:
         except ManifestError as error:
             raise ManifestError(f"{repository} {reference}: {error.message}", hint=error.hint) from error
 
+    def resolve(self, repository: str, tag: str) -> str:
+        """See `Remote.resolve`. A layout that does not exist yet has no tags."""
+        if not (self.root / "index.json").exists():
+            raise NotFound(f"{self.address}: {repository}:{tag} is not there")
+        return self._raw_manifest(repository, tag)[1]
+
     def small_blob(self, repository: str, descriptor: Descriptor, limit_bytes: int) -> bytes:
         """See `Remote.small_blob`."""
         self._check_repository(repository)

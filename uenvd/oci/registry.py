@@ -114,6 +114,10 @@ class RegistryRemote:
                 f"{self._name(repository, reference)}: {error.message}", hint=error.hint
             ) from error
 
+    def resolve(self, repository: str, tag: str) -> str:
+        """See `Remote.resolve`."""
+        return digest_of(self.raw_manifest(repository, tag).body)
+
     def raw_manifest(self, repository: str, reference: str) -> Reply:
         """Return the answer with the verified bytes of a manifest or an index."""
         check_reference(repository, reference)

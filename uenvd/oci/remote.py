@@ -51,6 +51,10 @@ class Remote(Protocol):
         """Return the manifest under a tag or digest; its digest is checked. Raises `NotFound`."""
         ...
 
+    def resolve(self, repository: str, tag: str) -> str:
+        """Return the digest of whatever is under a tag, an image index too. Raises `NotFound`."""
+        ...
+
     def small_blob(self, repository: str, descriptor: Descriptor, limit_bytes: int) -> bytes:
         """Return a blob of at most ``limit_bytes``; digest and size are checked."""
         ...

@@ -231,7 +231,7 @@ def audit(stage: Path) -> Iterator[str]:
     for path in stage.rglob("*"):
         name = path.relative_to(stage)
         if path.is_symlink():
-            target = os.readlink(path)
+            target = str(path.readlink())
             if target.startswith("/") and not target.startswith(PREFIX + "/"):
                 yield f"{name}: link to {target}"
         elif is_elf(path):

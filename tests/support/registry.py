@@ -1,0 +1,590 @@
+"""Registries for tests: Debian's docker-registry as a process, and a fake one in a thread that can misbehave.
+
+`docker_registry` is the real thing (no referrers API, no paging of tags). `FakeRegistry` is a strict registry of the distribution
+specification 1.1 (referrers API with filter and paging, paging of tags, ranges, Basic and scoped Bearer authentication) whose answers can be
+spoilt by rules: `FakeRegistry.spoil`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import re
+import socket
+import ssl
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import parse_qs, quote, urlsplit
+
+USER = "alice"
+PASSWORD = "s3cret-of-alice"
+_HTPASSWD = "alice:$2y$05$abcdefghijklmnopqrstuu6SdaO4ukD0CMVhd6QMDsUq2nFZ4PrJS\n"
+"""`PASSWORD`, by bcrypt."""
+
+
+# --- the real one ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RealRegistry:
+    """A running docker-registry."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    data: Path
+    """Its storage: ``docker/registry/v2/blobs/sha256/<2>/<hex>/data``."""
+
+    def blob_file(self, digest: str) -> Path:
+        """Return where it keeps a blob."""
+        name = digest.removeprefix("sha256:")
+        return self.data / "docker/registry/v2/blobs/sha256" / name[:2] / name / "data"
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that is free at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def docker_registry(
+    directory: Path, *, htpasswd: bool = False, data: Path | None = None
+) -> Iterator[RealRegistry]:
+    """Run docker-registry with its files in ``directory`` (its storage in ``data``, if given) on a free port of the loopback interface."""
+    directory.mkdir(parents=True, exist_ok=True)
+    data = data or directory / "data"
+    auth = ""
+    if htpasswd:
+        (directory / "htpasswd").write_text(_HTPASSWD)
+        auth = f"auth: {{htpasswd: {{realm: test-realm, path: {directory}/htpasswd}}}}\n"
+    for _ in range(5):
+        port = free_port()
+        config = directory / "config.yml"
+        config.write_text(
+            "version: 0.1\n"
+            "log: {level: warn, accesslog: {disabled: true}}\n"
+            f"storage: {{filesystem: {{rootdirectory: {data}}}, delete: {{enabled: true}},"
+            " maintenance: {uploadpurging: {enabled: false}}}\n"
+            f'http: {{addr: "127.0.0.1:{port}", secret: "a fixed string"}}\n{auth}'
+        )
+        with (directory / "registry.log").open("ab") as log:
+            process = subprocess.Popen(["docker-registry", "serve", str(config)], stdout=log, stderr=log)
+        try:
+            if _answers(port, process):
+                yield RealRegistry(f"http://127.0.0.1:{port}", process, data)
+                return
+        finally:
+            process.kill()
+            process.wait(10)
+    raise RuntimeError(f"docker-registry does not start: {(directory / 'registry.log').read_text()[-2000:]}")
+
+
+def _answers(port: int, process: subprocess.Popen[bytes]) -> bool:
+    end = time.monotonic() + 20
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+# --- the fake one ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Spoil:
+    """How to spoil the answers to matching requests. ``times`` counts down; None is for ever."""
+
+    path: str
+    """Regular expression, searched in path and query."""
+    method: str = "GET"
+    times: int | None = None
+    status: int | None = None
+    """Answer this instead."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Sent with ``status``, or instead of the right ones of the same name."""
+    body: bytes | None = None
+    """Sent instead of the right one."""
+    silent: bool = False
+    """Take the request and say nothing more."""
+    reset: bool = False
+    """Close the connection with RST before the answer."""
+    truncate_bytes: int | None = None
+    """Close the connection after so many bytes of the body."""
+    stall_bytes: int | None = None
+    """Say nothing more after so many bytes of the body."""
+    corrupt: bool = False
+    """Flip a bit in the middle of the body."""
+    bytes_per_s: int | None = None
+    drip_headers_s: float | None = None
+    """Send one byte of the status line each so many seconds."""
+    ignore_range: bool = False
+
+
+@dataclass
+class Seen:
+    """A request that arrived."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+
+
+class FakeRegistry:
+    """The registry and its server thread; a context manager. State may be read and changed by the test at any time."""
+
+    def __init__(
+        self,
+        *,
+        auth: str = "none",
+        referrers_api: bool = True,
+        page: int = 1000,
+        tls: tuple[Path, Path] | None = None,
+    ) -> None:
+        """``auth``: none, basic, bearer. ``page``: longest list in one answer. ``tls``: (certificate, key)."""
+        self.auth = auth
+        self.referrers_api = referrers_api
+        self.page = page
+        self.blobs: dict[str, bytes] = {}
+        self.manifests: dict[str, dict[str, tuple[str, bytes]]] = {}
+        """repository -> digest -> (media type, bytes)"""
+        self.tags: dict[str, dict[str, str]] = {}
+        self.seen: list[Seen] = []
+        self.spoils: list[Spoil] = []
+        self.token_lifetime_s = 300.0
+        self.tokens: dict[str, tuple[str, float]] = {}
+        self.identity_token: str | None = None
+        self.upload_host = ""
+        """Scheme and host that uploads are sent to; empty for this one."""
+        self.stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.registry = self
+        scheme = "http"
+        if tls is not None:
+            scheme = "https"
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*tls)
+            self._server.socket = context.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
+        self.host = f"127.0.0.1:{self._server.server_address[1]}"
+        self.url = f"{scheme}://{self.host}"
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.02,), name="fake registry", daemon=True
+        )
+
+    def __enter__(self) -> FakeRegistry:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.stopping.set()
+        self._server.shutdown()
+        self._server.close_connections()
+        self._server.server_close()
+        self._thread.join(5)
+
+    def spoil(self, path: str, **how: Any) -> Spoil:  # noqa: ANN401 -- the fields of Spoil
+        """Add a rule; the first that matches a request counts."""
+        rule = Spoil(path, **how)
+        self.spoils.append(rule)
+        return rule
+
+    def take_spoil(self, method: str, path: str) -> Spoil | None:
+        """Return the rule for a request and count it down."""
+        with self._lock:
+            for rule in self.spoils:
+                if rule.times != 0 and rule.method == method and re.search(rule.path, path):
+                    if rule.times is not None:
+                        rule.times -= 1
+                    return rule
+        return None
+
+    def count(self, method: str, path: str) -> int:
+        """Return how many requests with this method came whose path matches."""
+        return sum(1 for seen in self.seen if seen.method == method and re.search(path, seen.path))
+
+    def put_blob(self, data: bytes) -> str:
+        """Store a blob; return its digest."""
+        digest = "sha256:" + hashlib.sha256(data).hexdigest()
+        self.blobs[digest] = data
+        return digest
+
+    def put_manifest(self, repository: str, reference: str, raw: bytes, media_type: str) -> str:
+        """Store a manifest under its digest, and under a tag if ``reference`` is one; return the digest."""
+        digest = "sha256:" + hashlib.sha256(raw).hexdigest()
+        self.manifests.setdefault(repository, {})[digest] = (media_type, raw)
+        if not reference.startswith("sha256:"):
+            self.tags.setdefault(repository, {})[reference] = digest
+        return digest
+
+    def give_token(self, scope: str) -> str:
+        """Make a bearer token for a scope."""
+        token = f"token-{len(self.tokens)}-" + hashlib.sha256(scope.encode()).hexdigest()[:8]
+        self.tokens[token] = (scope, time.monotonic() + self.token_lifetime_s)
+        return token
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+    registry: FakeRegistry
+
+    def __init__(self, *args: Any) -> None:  # noqa: ANN401 -- handed through
+        self._open: set[socket.socket] = set()
+        super().__init__(*args)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self._open.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request: Any) -> None:  # noqa: ANN401 -- as in the base class
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def close_connections(self) -> None:
+        """Wake the threads that wait for a peer."""
+        for connection in list(self._open):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, _request: Any, _address: Any) -> None:  # noqa: ANN401 -- as in the base class
+        """Say nothing: peers that go away are what is tested."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+    spoil: Spoil | None = None
+
+    def log_message(self, *_args: object) -> None:
+        pass
+
+    @property
+    def registry(self) -> FakeRegistry:
+        return self.server.registry
+
+    def do_GET(self) -> None:
+        self._serve()
+
+    def do_HEAD(self) -> None:
+        self._serve()
+
+    def do_POST(self) -> None:
+        self._serve()
+
+    def do_PUT(self) -> None:
+        self._serve()
+
+    def _serve(self) -> None:
+        registry = self.registry
+        registry.seen.append(Seen(self.command, self.path, dict(self.headers.items())))
+        self.spoil = registry.take_spoil(self.command, self.path)
+        parts = urlsplit(self.path)
+        query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
+        body = self._body()
+        if self.spoil is not None and self._spoilt():
+            return
+        if parts.path == "/token":
+            self._token(query, body)
+        elif not parts.path.startswith("/v2/"):
+            self._refuse(404, "NOT_FOUND")
+        elif self._allowed(parts.path):
+            self._route(parts.path.removeprefix("/v2/"), query, body)
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _spoilt(self) -> bool:
+        """Apply the parts of a rule that replace the answer; tell whether that was all."""
+        spoil = cast("Spoil", self.spoil)
+        if spoil.silent:
+            self.registry.stopping.wait()
+            self.close_connection = True
+            return True
+        if spoil.reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            return True
+        if spoil.drip_headers_s is not None:
+            for char in b"HTTP/1.1 200 OK and much more text":
+                self.wfile.write(bytes([char]))
+                self.wfile.flush()
+                if self.registry.stopping.wait(spoil.drip_headers_s):
+                    break
+            self.close_connection = True
+            return True
+        if spoil.status is not None:
+            self._answer(spoil.status, spoil.body or b"", {})
+            return True
+        return False
+
+    # -- authentication
+
+    def _allowed(self, path: str) -> bool:
+        registry = self.registry
+        given = self.headers.get("Authorization", "")
+        if registry.auth == "basic":
+            expected = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+            if given == expected:
+                return True
+            self._refuse(401, "UNAUTHORIZED", {"WWW-Authenticate": 'Basic realm="test-realm"'})
+            return False
+        if registry.auth == "bearer":
+            needed = self._needed_scope(path)
+            scope, expires = registry.tokens.get(given.removeprefix("Bearer "), ("", 0.0))
+            if (
+                given.startswith("Bearer ")
+                and time.monotonic() < expires
+                and (not needed or needed in _expanded(scope))
+            ):
+                return True
+            challenge = f'Bearer realm="{registry.url}/token",service="test-registry"'
+            if needed:
+                wanted = needed if not needed.endswith(":push") else needed.removesuffix("push") + "pull,push"
+                challenge += f',scope="{wanted}"'
+            self._refuse(401, "UNAUTHORIZED", {"WWW-Authenticate": challenge})
+            return False
+        return True
+
+    def _needed_scope(self, path: str) -> str:
+        if path == "/v2/_catalog":
+            return "registry:catalog:*"
+        match = re.match(r"/v2/(.+)/(?:tags|manifests|blobs|referrers)/", path)
+        action = "pull" if self.command in {"GET", "HEAD"} else "push"
+        return f"repository:{match.group(1)}:{action}" if match else ""
+
+    def _token(self, query: dict[str, str], body: bytes) -> None:
+        """Answer as a token server: anybody may pull from ``public/``, alice may do everything."""
+        registry = self.registry
+        scopes = query.get("scope", "")
+        basic = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+        known = self.headers.get("Authorization") == basic
+        if self.command == "POST":
+            form = {key: values[-1] for key, values in parse_qs(body.decode()).items()}
+            scopes = form.get("scope", "")
+            known = (
+                form.get("grant_type") == "refresh_token"
+                and form.get("refresh_token") == registry.identity_token
+            )
+        public = scopes.startswith("repository:public/") and scopes.endswith(":pull")
+        if not known and (not public or self.headers.get("Authorization")):
+            self._refuse(401, "UNAUTHORIZED")
+            return
+        answer = {"token": registry.give_token(scopes), "expires_in": registry.token_lifetime_s}
+        self._json(200, answer)
+
+    # -- the interface
+
+    def _route(self, path: str, query: dict[str, str], body: bytes) -> None:
+        registry = self.registry
+        if path == "":
+            self._json(200, {})
+        elif path == "_catalog":
+            names = sorted(set(registry.manifests) | set(registry.tags))
+            self._list("repositories", names, query, {})
+        elif match := re.fullmatch(r"(.+)/tags/list", path):
+            if match[1] not in registry.manifests:
+                self._refuse(404, "NAME_UNKNOWN")
+            else:
+                self._list("tags", sorted(registry.tags.get(match[1], {})), query, {"name": match[1]})
+        elif match := re.fullmatch(r"(.+)/manifests/([^/]+)", path):
+            self._manifest(match[1], match[2], body)
+        elif match := re.fullmatch(r"(.+)/referrers/(sha256:[0-9a-f]{64})", path):
+            self._referrers(match[1], match[2], query)
+        elif match := re.fullmatch(r"(.+)/blobs/uploads/([^/]*)", path):
+            self._upload(match[1], query, body)
+        elif match := re.fullmatch(r"(.+)/blobs/(sha256:[0-9a-f]{64})", path):
+            self._blob(match[2])
+        else:
+            self._refuse(404, "NOT_FOUND")
+
+    def _list(self, key: str, names: list[str], query: dict[str, str], extra: dict[str, Any]) -> None:
+        size = min(int(query.get("n", self.registry.page)), self.registry.page)
+        rest = [name for name in names if name > query.get("last", "")]
+        headers = {}
+        if len(rest) > size:
+            path = urlsplit(self.path).path
+            headers["Link"] = f'<{path}?n={size}&last={quote(rest[size - 1])}>; rel="next"'
+        self._json(200, extra | {key: rest[:size]}, headers)
+
+    def _manifest(self, repository: str, reference: str, body: bytes) -> None:
+        registry = self.registry
+        if self.command == "PUT":
+            headers = {}
+            parsed = json.loads(body)
+            blobs = [*parsed.get("layers", ()), *([parsed["config"]] if "config" in parsed else ())]
+            if any(blob["digest"] not in registry.blobs for blob in blobs):
+                self._refuse(400, "MANIFEST_BLOB_UNKNOWN")
+                return
+            digest = registry.put_manifest(repository, reference, body, self.headers["Content-Type"])
+            if "subject" in parsed and registry.referrers_api:
+                headers["OCI-Subject"] = parsed["subject"]["digest"]
+            self._answer(201, b"", headers | {"Docker-Content-Digest": digest, "Location": self.path})
+            return
+        digest = registry.tags.get(repository, {}).get(reference, reference)
+        media_type, raw = registry.manifests.get(repository, {}).get(digest, ("", b""))
+        if not raw:
+            self._refuse(404, "MANIFEST_UNKNOWN")
+        else:
+            self._answer(200, raw, {"Content-Type": media_type, "Docker-Content-Digest": digest})
+
+    def _referrers(self, repository: str, digest: str, query: dict[str, str]) -> None:
+        if not self.registry.referrers_api:
+            self._answer(404, b"404 page not found\n", {"Content-Type": "text/plain"})
+            return
+        entries = []
+        for mine, (media_type, raw) in sorted(self.registry.manifests.get(repository, {}).items()):
+            parsed = json.loads(raw)
+            if parsed.get("subject", {}).get("digest") == digest:
+                kind = parsed.get("artifactType") or parsed["config"]["mediaType"]
+                entries.append(
+                    {"mediaType": media_type, "digest": mine, "size": len(raw), "artifactType": kind}
+                )
+        headers = {"Content-Type": "application/vnd.oci.image.index.v1+json"}
+        if "artifactType" in query:
+            entries = [entry for entry in entries if entry["artifactType"] == query["artifactType"]]
+            headers["OCI-Filters-Applied"] = "artifactType"
+        rest = [entry for entry in entries if str(entry["digest"]) > query.get("last", "")]
+        if len(rest) > self.registry.page:
+            last = rest[self.registry.page - 1]["digest"]
+            headers["Link"] = f'<{urlsplit(self.path).path}?last={last}>; rel="next"'
+        self._json(200, {"schemaVersion": 2, "manifests": rest[: self.registry.page]}, headers)
+
+    def _upload(self, repository: str, query: dict[str, str], body: bytes) -> None:
+        registry = self.registry
+        if self.command == "POST":
+            self._answer(
+                202,
+                b"",
+                {"Location": f"{registry.upload_host}/v2/{repository}/blobs/uploads/u1?_state=a%2Fb"},
+            )
+        elif "sha256:" + hashlib.sha256(body).hexdigest() != query.get("digest"):
+            self._refuse(400, "DIGEST_INVALID")
+        else:
+            digest = registry.put_blob(body)
+            registry.manifests.setdefault(repository, {})
+            self._answer(
+                201, b"", {"Docker-Content-Digest": digest, "Location": f"/v2/{repository}/blobs/{digest}"}
+            )
+
+    def _blob(self, digest: str) -> None:
+        data = self.registry.blobs.get(digest)
+        if data is None:
+            self._refuse(404, "BLOB_UNKNOWN")
+            return
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        headers = {"Content-Type": "application/octet-stream", "Docker-Content-Digest": digest}
+        if match is None or (self.spoil is not None and self.spoil.ignore_range):
+            self._answer(200, data, headers)
+            return
+        first, last = int(match[1]), min(int(match[2]), len(data) - 1)
+        if first > last:
+            self._answer(416, b"no such range\n", {"Content-Range": f"bytes */{len(data)}"})
+            return
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+        self._answer(206, data[first : last + 1], headers)
+
+    # -- answers
+
+    def _json(self, status: int, value: object, headers: dict[str, str] | None = None) -> None:
+        self._answer(
+            status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})}
+        )
+
+    def _refuse(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
+        self._json(status, {"errors": [{"code": code, "message": code.lower().replace("_", " ")}]}, headers)
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        spoil = self.spoil or Spoil("")
+        if spoil.body is not None:
+            body = spoil.body
+        if spoil.corrupt and body:
+            middle = len(body) // 2
+            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+        self.send_response_only(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers | spoil.headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self._send(body, spoil)
+
+    def _send(self, body: bytes, spoil: Spoil) -> None:
+        for limit in (spoil.truncate_bytes, spoil.stall_bytes):
+            if limit is not None and limit < len(body):
+                body = body[:limit]
+                self.close_connection = True
+        if spoil.bytes_per_s is None:
+            self.wfile.write(body)
+        else:
+            step = max(1, spoil.bytes_per_s // 20)
+            for start in range(0, len(body), step):
+                self.wfile.write(body[start : start + step])
+                if self.registry.stopping.wait(0.05):
+                    break
+        self.wfile.flush()
+        if spoil.stall_bytes is not None:
+            self.registry.stopping.wait()
+
+
+def _expanded(scope: str) -> list[str]:
+    """Return ``repository:a:pull,push`` as one text for each action."""
+    found = []
+    for one in scope.split(" "):
+        head, _, actions = one.rpartition(":")
+        found += [f"{head}:{action}" for action in actions.split(",")]
+    return found
+
+
+# --- helpers --------------------------------------------------------------------------------------------------------------------
+
+
+def make_certificate(directory: Path) -> tuple[Path, Path]:
+    """Make a self-signed certificate for 127.0.0.1 by openssl; return (certificate, key)."""
+    certificate, key = directory / "tls.crt", directory / "tls.key"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-keyout", key, "-out", certificate, "-subj", "/CN=test registry", "-addext", "subjectAltName=IP:127.0.0.1"],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    return certificate, key
+
+
+def oras_manifest(registry_digest: str, size_bytes: int, title: str = "store.squashfs") -> bytes:
+    """Return what ``oras push --artifact-type application/x-squashfs REPO:TAG store.squashfs`` (oras 1.1, 1.2) writes."""
+    empty = {
+        "mediaType": "application/vnd.oci.empty.v1+json",
+        "digest": "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+        "size": 2,
+        "data": "e30=",
+    }
+    layer = {
+        "mediaType": "application/vnd.oci.image.layer.v1.tar",
+        "digest": registry_digest,
+        "size": size_bytes,
+        "annotations": {"org.opencontainers.image.title": title},
+    }
+    body = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "artifactType": "application/x-squashfs",
+        "config": empty,
+        "layers": [layer],
+        "annotations": {"org.opencontainers.image.created": "2024-11-05T10:11:12Z"},
+    }
+    return json.dumps(body, separators=(",", ":")).encode()

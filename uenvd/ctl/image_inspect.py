@@ -1,0 +1,151 @@
+"""``uenvctl image inspect``: what an image says of itself. A file is read by this process, as the user; no daemon is needed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from typing import Any
+
+from uenvd.ctl import output
+from uenvd.ctl.arguments import FLAG, parse
+from uenvd.ctl.client import REGISTRY_ANSWER_S, Client, socket_path
+from uenvd.errors import AccessDenied, FormatError, ProtocolError, StorageError, UsageError
+from uenvd.label import parse_description
+
+HELP = """\
+usage: uenvctl image inspect UENV
+
+Show an image's description, mount point, views and digest. UENV is a label or the path of a squashfs file.
+
+  --json         {label, digest, size_bytes, cached, date, mount, description, default_view,
+                  views: [{name, description}], architecture, annotations}
+  --refresh      ask the registry what the label means, even if that was asked a moment ago
+  --socket PATH  uenvd's control socket, default $UENVD_SOCKET or /run/uenvd/control
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Handle the command; return the exit status."""
+    arguments = parse(
+        argv, command="image inspect", options={"--json": FLAG, "--refresh": FLAG}, words=(1, 1)
+    )
+    if "--help" in arguments.flags:
+        print(HELP, end="")
+        return 0
+    description = parse_description(arguments.words[0])
+    if description.path is not None:
+        facts = inspect_file(description.path)
+    else:
+        path = socket_path(arguments.values.get("--socket"), os.environ)
+        with Client(path) as client:
+            facts = client.call(
+                "inspect",
+                answer_s=REGISTRY_ANSWER_S,
+                uenv=str(description.label),
+                refresh="--refresh" in arguments.flags or None,
+            ).frame
+        facts.pop("ok")
+        for note in facts.pop("notes", None) or ():
+            output.note(str(note))
+    if "--json" in arguments.flags:
+        output.data_json(facts)
+    else:
+        output.data(_shown(facts))
+    return 0
+
+
+def inspect_file(path: str) -> dict[str, Any]:
+    """Return what a squashfs file says of itself, in the form of the protocol's ``inspect``.
+
+    Raises `UsageError`, `AccessDenied`, `StorageError`, `FormatError`.
+    """
+    from uenvd.squashfs import Image, Kind  # a codec's worth of imports, for files only
+    from uenvd.views import MAX_FILE_BYTES, read_image_meta
+
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(
+            f"cannot open {path}: {error.strerror}", hint="check the path of the image"
+        ) from error
+    except PermissionError as error:
+        raise AccessDenied(f"cannot open {path}: {error.strerror}") from error
+    except OSError as error:
+        raise StorageError(f"cannot open {path}: {error.strerror}") from error
+    with open(descriptor, "rb", buffering=0):  # noqa: PTH123 - closes the descriptor
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"{path} is not a regular file", hint="give the path of a squashfs image")
+        try:
+            image = Image(lambda pos, size: os.pread(descriptor, size, pos), status.st_size)
+
+            def read_file(name: bytes) -> bytes | None:
+                inode = image.find(name)
+                if inode is None or inode.kind is not Kind.FILE or inode.size_bytes > MAX_FILE_BYTES:
+                    return None
+                return image.read_file(inode, MAX_FILE_BYTES)
+
+            meta = read_image_meta(read_file)
+        except FormatError as error:
+            raise FormatError(f"{path}: {error.message}", hint=error.hint) from error
+        except OSError as error:
+            raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    return {
+        "label": path,
+        "digest": None,
+        "size_bytes": status.st_size,
+        "cached": True,
+        "date": None,
+        "mount": meta.mount if meta else None,
+        "description": meta.description if meta else None,
+        "default_view": meta.default_view if meta else None,
+        "views": [{"name": view.name, "description": view.description} for view in meta.views]
+        if meta
+        else None,
+        "architecture": None,
+        "annotations": {},
+    }
+
+
+def _shown(facts: dict[str, Any]) -> str:
+    size = facts.get("size_bytes")
+    cached = facts.get("cached")
+    rows = [
+        ("uenv:", facts.get("label")),
+        ("description:", facts.get("description")),
+        ("mount:", facts.get("mount")),
+        ("digest:", facts.get("digest")),
+        ("size:", f"{output.megabytes(size)} MB" if isinstance(size, int) else None),
+        ("date:", facts.get("date")),
+        ("architecture:", facts.get("architecture")),
+        (
+            "here:",
+            None
+            if facts.get("digest") is None
+            else "yes"
+            if cached
+            else "no, will be fetched when it is used",
+        ),
+    ]
+    lines = [output.table((), [(name, str(value)) for name, value in rows if value])]
+    views = facts.get("views")
+    if views is None:
+        lines.append(
+            "views:         not known before the image is here" if not cached else "views:         none"
+        )
+    elif not isinstance(views, list) or not all(isinstance(view, dict) for view in views):
+        raise ProtocolError("uenvd's answer holds no list of views")
+    else:
+        lines.append("views:" if views else "views:         none")
+        default = facts.get("default_view")
+        table = [
+            (
+                f"  {view.get('name')}{' (default)' if view.get('name') == default else ''}",
+                str(view.get("description") or ""),
+            )
+            for view in views
+        ]
+        if table:
+            lines.append(output.table((), table))
+    return "\n".join(lines)

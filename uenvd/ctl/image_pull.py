@@ -1,0 +1,51 @@
+"""``uenvctl image pull``: fetch an image to this node before it is needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from uenvd.ctl import output
+from uenvd.ctl.arguments import FLAG, parse
+from uenvd.ctl.client import REGISTRY_ANSWER_S, Client, socket_path
+from uenvd.errors import UsageError
+from uenvd.label import parse_descriptions
+
+HELP = """\
+usage: uenvctl image pull UENV[,UENV...]
+
+Fetch images into this node's cache, with progress on stderr. Nobody has to: an image that is asked for is fetched by
+itself. The images' digests are printed.
+
+  --json         {"images": [{label, digest, mount, size_bytes, cached, views, default_view}]}
+  --refresh      ask the registry what the label means, even if that was asked a moment ago
+  --socket PATH  uenvd's control socket, default $UENVD_SOCKET or /run/uenvd/control
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Handle the command; return the exit status."""
+    arguments = parse(argv, command="image pull", options={"--json": FLAG, "--refresh": FLAG}, words=(1, 1))
+    if "--help" in arguments.flags:
+        print(HELP, end="")
+        return 0
+    for one in parse_descriptions(arguments.words[0]):
+        if one.path is not None:
+            raise UsageError(f"{one.path} is a file: there is nothing to pull")
+    path = socket_path(arguments.values.get("--socket"), os.environ)
+    with Client(path) as client, output.Progress() as progress:
+        frame = client.call(
+            "pull",
+            answer_s=REGISTRY_ANSWER_S,
+            uenv=arguments.words[0],
+            refresh="--refresh" in arguments.flags or None,
+            on_event=progress,
+        ).frame
+    for note in frame.get("notes") or ():
+        output.note(str(note))
+    images = [image for image in frame.get("images") or () if isinstance(image, dict)]
+    if "--json" in arguments.flags:
+        output.data_json({"images": images})
+    elif images:
+        output.data(output.table((), [(str(one.get("label")), str(one.get("digest"))) for one in images]))
+    return 0

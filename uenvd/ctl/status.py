@@ -1,0 +1,110 @@
+"""``uenvctl status``: the session that one is in, as the kernel tells it, and the state of uenvd."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from uenvd.ctl import output
+from uenvd.ctl.arguments import FLAG, parse
+from uenvd.ctl.client import Client, socket_path
+from uenvd.ctl.session import Mounted, mounted_images
+from uenvd.errors import UenvError
+
+HELP = """\
+usage: uenvctl status
+
+Show which images are mounted for this shell (by asking the kernel, not the environment), and whether uenvd runs on
+this node and what it serves. The exit status is 0 also when it does not run.
+
+  --json         {"session": [{source, mount, label}], "daemon": the protocol's status or null, "error": text or null}
+  --no-header    the table of images without its header
+  --socket PATH  uenvd's control socket, default $UENVD_SOCKET or /run/uenvd/control
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Handle the command; return the exit status."""
+    options = {"--json": FLAG, "--no-header": FLAG}
+    arguments = parse(argv, command="status", options=options)
+    if "--help" in arguments.flags:
+        print(HELP, end="")
+        return 0
+    daemon: dict[str, Any] | None = None
+    problem: UenvError | None = None
+    try:
+        with Client(socket_path(arguments.values.get("--socket"), os.environ)) as client:
+            daemon = client.call("status").frame
+            daemon.pop("ok")
+    except UenvError as error:
+        problem = error
+    labels = {str(one.get("digest")): str(one.get("label")) for one in _images(daemon)}
+    session = [(one, labels.get(one.source, one.source)) for one in mounted_images()]
+    if "--json" in arguments.flags:
+        output.data_json(
+            {
+                "session": [{**one._asdict(), "label": label} for one, label in session],
+                "daemon": daemon,
+                "error": None if problem is None else problem.message,
+            }
+        )
+        return 0
+    rows = [*_session_rows(session), *_daemon_rows(daemon, problem)]
+    output.data(output.table((), rows))
+    images = [_image_row(one) for one in _images(daemon)]
+    if images:
+        header = (
+            () if "--no-header" in arguments.flags else ("image", "state", "users", "fetched(MB)", "size(MB)")
+        )
+        output.data(output.table(header, images, right=frozenset({2, 3, 4})))
+    return 0
+
+
+def _images(daemon: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    images = daemon.get("images") if daemon else None
+    return [one for one in images if isinstance(one, dict)] if isinstance(images, list) else []
+
+
+def _session_rows(session: Sequence[tuple[Mounted, str]]) -> list[tuple[str, str]]:
+    if not session:
+        return [("session:", "none")]
+    rows = []
+    for one, label in session:
+        digest = f" ({one.source})" if label != one.source else ""
+        rows.append(("session:" if not rows else "", f"{label} at {one.mount}{digest}"))
+    views = os.environ.get("UENV_VIEW", "")
+    if views:
+        rows.append(("views:", ", ".join(view.partition(":")[2] for view in views.split(","))))
+    return rows
+
+
+def _daemon_rows(daemon: Mapping[str, Any] | None, problem: UenvError | None) -> list[tuple[str, str]]:
+    if daemon is None:
+        return [("uenvd:", problem.message if problem is not None else "unknown")]
+    facts = [
+        str(daemon.get("version")),
+        *(f"{name} {daemon[name]}" for name in ("system", "uarch", "registry") if daemon.get(name)),
+    ]
+    rows = [("uenvd:", ", ".join(facts))]
+    cache = daemon.get("cache")
+    if isinstance(cache, dict):
+        used, free = (cache.get(name) for name in ("used_bytes", "free_bytes"))
+        sizes = [
+            f"{output.megabytes(size)} MB {word}"
+            for size, word in ((used, "used"), (free, "free"))
+            if isinstance(size, int)
+        ]
+        rows.append(("cache:", ", ".join([str(cache.get("path")), *sizes])))
+    return rows
+
+
+def _image_row(one: Mapping[str, Any]) -> tuple[str, ...]:
+    done, total = one.get("done_bytes"), one.get("total_bytes")
+    return (
+        str(one.get("label") or one.get("digest")),
+        str(one.get("state")),
+        str(one.get("leases")),
+        output.megabytes(done) if isinstance(done, int) else "",
+        output.megabytes(total) if isinstance(total, int) else "",
+    )

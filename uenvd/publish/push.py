@@ -1,0 +1,192 @@
+"""Put an image into a registry under a label, and move tags. The library behind ``uenvd-publish push`` and ``tag``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from uenvd.config import ARCHITECTURES
+from uenvd.errors import NotFound, UsageError, WrongArchitecture
+from uenvd.label import Label, parse_namespaced_label
+from uenvd.oci.manifest import (
+    CONFIG_TYPE,
+    LAYER_TITLE,
+    SQUASHFS_TYPE,
+    TITLE,
+    Descriptor,
+    ImageConfig,
+    build_manifest,
+    digest_of,
+    squashfs_layer,
+)
+from uenvd.oci.reference import is_fallback_tag, is_tag, repository_of
+from uenvd.oci.remote import Progress, Remote
+from uenvd.publish.contents import read_contents
+
+DEFAULT_NAMESPACE: Final = "deploy"
+MOVING_TAGS: Final = frozenset({"latest"})
+"""Tags that are meant to move; any other keeps the image that it was first given, unless forced."""
+_HASH_BYTES: Final = 1 << 20
+_LABEL_HINT = (
+    "a label names all five parts: name/version:tag@system%uarch, for example prgenv-gnu/24.11:v1@daint%gh200"
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a label leads: a repository and a tag or digest in it."""
+
+    repository: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did."""
+
+    digest: str
+    """Of the manifest."""
+    notes: tuple[str, ...]
+    """Lines for the user."""
+
+
+def target_of(text: str, namespace: str | None, *, digest_allowed: bool = False) -> Target:
+    """Parse a label that names one place in the registry. Raises `LabelError`, `UsageError`."""
+    label = parse_namespaced_label(text)
+    if namespace is not None and label.namespace not in {None, namespace}:
+        raise UsageError(f"the label says namespace {label.namespace!r}, the option says {namespace!r}")
+    if label.digest is not None and not digest_allowed:
+        raise UsageError(f"{text!r} names a digest; an image is pushed to a tag", hint=_LABEL_HINT)
+    needed = (
+        ("name", "version", "system", "uarch")
+        if label.digest
+        else ("name", "version", "tag", "system", "uarch")
+    )
+    missing = [part for part in needed if getattr(label, part) is None]
+    if missing or label.system == "*":
+        raise UsageError(
+            f"the label {text!r} does not say: {', '.join(missing or ['which system'])}", hint=_LABEL_HINT
+        )
+    reference = label.digest or label.tag or ""
+    if label.digest is None:
+        check_tag(reference)
+    return Target(_repository(label, namespace), reference)
+
+
+def _repository(label: Label, namespace: str | None) -> str:
+    parts = (
+        label.namespace or namespace or DEFAULT_NAMESPACE,
+        label.system,
+        label.uarch,
+        label.name,
+        label.version,
+    )
+    return repository_of(*(part or "" for part in parts))
+
+
+def check_tag(tag: str) -> None:
+    """Refuse what no registry takes as a tag, and the tags of the referrers schema. Raises `UsageError`."""
+    if not is_tag(tag) or is_fallback_tag(tag):
+        raise UsageError(
+            f"{tag!r} is no valid tag",
+            hint="a tag has up to 128 letters, digits, _ . - and begins with none of . -",
+        )
+
+
+def push_image(
+    remote: Remote,
+    path: Path,
+    target: Target,
+    *,
+    also_tags: Sequence[str] = (),
+    architecture: str | None = None,
+    force: bool = False,
+    hashing: Progress,
+    progress: Progress,
+) -> Pushed:
+    """Push a squashfs file: layer, config blob, manifest, and last the tags.
+
+    The manifest depends on the file only, so pushing one file twice changes nothing. Raises `FormatError` for what is no
+    squashfs, `WrongArchitecture` if the programs in it are not for the label's microarchitecture, `UsageError` if a tag belongs
+    to another image (and not ``force``), and the remote's errors.
+    """
+    for tag in also_tags:
+        check_tag(tag)
+    contents = read_contents(path)
+    architecture = architecture or contents.architecture
+    _check_architecture(target, architecture)
+    layer = describe(path, hashing)
+    config = ImageConfig(
+        contents.meta, architecture, contents.created, layer.digest, layer.size_bytes
+    ).encode()
+    config_descriptor = Descriptor(CONFIG_TYPE, digest_of(config), len(config))
+    annotations = {"org.opencontainers.image.title": contents.meta.name} if contents.meta else {}
+    raw = build_manifest(layer, config_descriptor, annotations, created=contents.created)
+    tags = dict.fromkeys([target.reference, *also_tags])
+    for tag in tags:
+        _check_free(remote, target.repository, tag, digest_of(raw), force)
+    remote.push_blob(target.repository, path, layer, progress)
+    remote.push_bytes(target.repository, config, CONFIG_TYPE)
+    for tag in tags:
+        remote.push_manifest(target.repository, tag, raw)
+    notes = []
+    if contents.meta is None:
+        notes.append(
+            "the image has no usable meta/env.json: its users must name a mount point, and it has no views"
+        )
+    elif contents.meta.mount is None:
+        notes.append("the image does not say where it wants to be mounted: its users must name a mount point")
+    if architecture is None:
+        notes.append("no programs were found in the image: it can be used on any architecture")
+    return Pushed(digest_of(raw), tuple(notes))
+
+
+def move_tag(remote: Remote, target: Target, tag: str, *, force: bool = False) -> str:
+    """Give the image at ``target`` one more tag, taking it from another image where that is allowed; return the digest."""
+    check_tag(tag)
+    manifest = remote.manifest(target.repository, target.reference)
+    squashfs_layer(manifest)
+    _check_free(remote, target.repository, tag, manifest.digest, force)
+    return remote.push_manifest(target.repository, tag, manifest.raw, manifest.media_type)
+
+
+def describe(path: Path, progress: Progress) -> Descriptor:
+    """Hash a file and return the descriptor of the layer that it becomes. Raises `UsageError`."""
+    hasher, done = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            while piece := file.read(_HASH_BYTES):
+                hasher.update(piece)
+                done += len(piece)
+                progress(done, size)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    return Descriptor(SQUASHFS_TYPE, f"sha256:{hasher.hexdigest()}", done, {TITLE: LAYER_TITLE})
+
+
+def _check_architecture(target: Target, architecture: str | None) -> None:
+    uarch = target.repository.split("/")[2]
+    expected = ARCHITECTURES.get(uarch)
+    if architecture is not None and expected is not None and architecture != expected:
+        raise WrongArchitecture(
+            f"the programs in the image are for {architecture}, but %{uarch} is {expected}",
+            hint="correct the label, or say --architecture if most programs in the image are not its own",
+        )
+
+
+def _check_free(remote: Remote, repository: str, tag: str, digest: str, force: bool) -> None:
+    if force or tag in MOVING_TAGS:
+        return
+    try:
+        there = remote.resolve(repository, tag)
+    except NotFound:
+        return
+    if there != digest:
+        raise UsageError(
+            f"{repository}:{tag} is another image already ({there})",
+            hint="tags other than latest do not move: choose a new tag, or overwrite it with --force",
+        )
