@@ -4,7 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-VENV := .venv/bin
+# Looked up when a command needs it, after `setup`: .venv may be a link, and what is started through it must not need it.
+VENV = $(shell readlink -f .venv)/bin
 PREFIX ?= /opt/uenvd
 DESTDIR ?=
 PYTEST_ARGS ?=

@@ -32,7 +32,8 @@ from support.users import TestUser, ordinary_user  # noqa: E402
 RECIPE = CHECKOUT / "recipes/python-sci/2026.11"
 CACHE = Path(os.environ.get("UENVD_CACHE_DIR", "/var/tmp/uenvd-demo-cache"))
 MOUNT = Path("/user-environment")
-PROGRAMS = Path(sys.executable).parent
+PROGRAMS = Path(sys.prefix).resolve() / "bin"
+"""Resolved: .venv may be a link in a checkout that job users cannot enter."""
 UENV = "python-sci/2026.11"
 SYSTEM, UARCH = "demo", "zen3"
 COMMAND_S = 120.0
@@ -46,7 +47,9 @@ class DemoError(Exception):
 def check(holds: bool, what: str, found: str = "") -> None:
     """Print what was checked, or raise `DemoError`."""
     if not holds:
-        raise DemoError(f"this does not hold: {what}" + (f"\n{textwrap.indent(found.strip(), '    ')}" if found else ""))
+        raise DemoError(
+            f"this does not hold: {what}" + (f"\n{textwrap.indent(found.strip(), '    ')}" if found else "")
+        )
     print(f"    ✓ {what}", flush=True)
 
 
@@ -93,7 +96,9 @@ class Demo:
         """Build the image unless one of the same inputs is in the cache."""
         inputs = b"".join(path.read_bytes() for path in sorted(RECIPE.iterdir()) if path.is_file())
         inputs += subprocess.check_output(["dpkg-query", "-W", "-f", "${Version}", "python3.11-minimal"])
-        self.image = CACHE / "images" / f"python-sci-2026.11-{hashlib.sha256(inputs).hexdigest()[:16]}.squashfs"
+        self.image = (
+            CACHE / "images" / f"python-sci-2026.11-{hashlib.sha256(inputs).hexdigest()[:16]}.squashfs"
+        )
         if self.image.exists():
             print(f"    it is in {CACHE} already")
             return
@@ -108,9 +113,21 @@ class Demo:
     def publish(self) -> None:
         """Push the image as the site's staff would."""
         label = f"deploy::{UENV}:v1@{SYSTEM}%{UARCH}"
-        command = [PROGRAMS / "uenvd-publish", "push", self.image, label, "--also-tag", "latest", "--registry", self.registry]
+        command: list[str | Path] = [
+            PROGRAMS / "uenvd-publish",
+            "push",
+            self.image,
+            label,
+            "--also-tag",
+            "latest",
+            "--registry",
+            self.registry,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMMAND_S)
-        show(f"uenvd-publish push {self.image.name} {label} --also-tag latest", done.stdout)
+        show(
+            f"uenvd-publish push {self.image.name} {label} --also-tag latest --registry {self.registry}",
+            done.stdout,
+        )
         self.digest = done.stdout.strip()
         check(done.returncode == 0 and self.digest.startswith("sha256:"), "the registry has it", done.stderr)
 
@@ -131,7 +148,9 @@ class Demo:
 
     # ---- the user
 
-    def run(self, command: Sequence[str], shown: str, *, input: str | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, command: Sequence[str], shown: str, *, input: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command as the user on the login side; show it and its output."""
         environment = {
             "PATH": f"{PROGRAMS}:/usr/local/bin:/usr/bin:/bin",
@@ -150,25 +169,48 @@ class Demo:
         done = self.shell(
             f"srun -N2 -n4 --ntasks-per-node=2 --uenv={UENV} --view=default --mpi=pmi2 python3 heat.py"
         )
-        check(done.returncode == 0 and RESULT in done.stdout, "4 ranks computed what one process computes", done.stderr)
-        nodes = {line.split(" on ")[1].split(":")[0] for line in done.stdout.splitlines() if line.startswith("rank ")}
+        check(
+            done.returncode == 0 and RESULT in done.stdout,
+            "4 ranks computed what one process computes",
+            done.stderr,
+        )
+        nodes = {
+            line.split(" on ")[1].split(":")[0]
+            for line in done.stdout.splitlines()
+            if line.startswith("rank ")
+        }
         check(nodes == set(self.cluster.nodes), "the ranks were on both nodes", done.stdout)
-        check("from /user-environment/env/default/bin/python3" in done.stdout, "Python is the image's", done.stdout)
+        check(
+            "from /user-environment/env/default/bin/python3" in done.stdout,
+            "Python is the image's",
+            done.stdout,
+        )
 
     def mounts(self) -> None:
         """Look at the mount point inside a job and outside."""
         line = f"srun -n1 --uenv={UENV} findmnt -n -o TARGET,SOURCE,FSTYPE,OPTIONS {MOUNT}"
         done = self.shell(line)
-        check(" fuse" in done.stdout and f"uenvd:{self.digest}" in done.stdout, "inside it is a FUSE mount", done.stdout)
+        check(
+            " fuse" in done.stdout and f"uenvd:{self.digest}" in done.stdout,
+            "inside it is a FUSE mount",
+            done.stdout,
+        )
         done = self.shell(f"srun -n1 findmnt {MOUNT}; ls -A {MOUNT} | wc -l")
         check(done.stdout.strip() == "0", "in a job without --uenv it is an empty directory", done.stdout)
-        everywhere = Path("/proc/self/mountinfo").read_text()
-        check(str(MOUNT) not in everywhere and not any(MOUNT.iterdir()), "on the host it is an empty directory", everywhere)
+        everywhere = Path("/proc/self/mountinfo").read_text(errors="replace")
+        check(
+            str(MOUNT) not in everywhere and not any(MOUNT.iterdir()),
+            "on the host it is an empty directory",
+            everywhere,
+        )
 
     def refusal(self) -> None:
         """Ask for what does not exist."""
         done = self.shell("srun -N2 --uenv=python-sci/2027.01 hostname")
-        check(done.returncode != 0 and "python-sci/2027.01" in done.stderr, "it is refused before anything is queued")
+        check(
+            done.returncode != 0 and "python-sci/2027.01" in done.stderr,
+            "it is refused before anything is queued",
+        )
         check(self.cluster.jobs() == [], "no job is left")
 
     def batch_job(self) -> None:
@@ -179,7 +221,11 @@ class Demo:
         output = (self.cluster.scratch / "heat.out").read_text()
         show("cat heat.out", output)
         check(job.state == "COMPLETED" and job.exit_code == "0:0", "the job is COMPLETED 0:0", job.state)
-        check("python3 is /user-environment/env/default/bin/python3" in output, "the batch step has the environment", output)
+        check(
+            "python3 is /user-environment/env/default/bin/python3" in output,
+            "the batch step has the environment",
+            output,
+        )
         check(RESULT in output, "so has the srun in it", output)
 
     def run_command(self) -> None:
@@ -193,7 +239,9 @@ class Demo:
 
     def session(self) -> None:
         """Use a shell, its commands coming from a script."""
-        script = "command -v python3\nfindmnt -n -o FSTYPE /user-environment\nuenvctl status\nid -un\nexit 3\n"
+        script = (
+            "command -v python3\nfindmnt -n -o FSTYPE /user-environment\nuenvctl status\nid -un\nexit 3\n"
+        )
         done = self.run(
             ["bash", "-c", f"uenvctl start {UENV} --view=default; echo status $?"],
             f"printf '{script.encode('unicode_escape').decode()}' | uenvctl start {UENV} --view=default; echo status $?",
@@ -210,7 +258,9 @@ class Demo:
         self.cluster.wait_idle()
         check(set(self.cluster.node_states().values()) == {"idle"}, "both nodes are idle")
         check(not any(MOUNT.iterdir()), f"{MOUNT} is empty")
-        owner = subprocess.run(["pgrep", "-u", str(self.user.uid), "-a"], capture_output=True, text=True, check=False)
+        owner = subprocess.run(
+            ["pgrep", "-u", str(self.user.uid), "-a"], capture_output=True, text=True, check=False
+        )
         check(owner.stdout == "", "the user has no process", owner.stdout)
 
     # ---- the whole
@@ -225,14 +275,18 @@ class Demo:
             registry = self.resources.enter_context(docker_registry(self.workdir / "registry"))
             self.registry = registry.url
             self.publish()
-        with step("Start Slurm with two nodes that load the plugin, and a uenvd for the login side and for each node"):
+        with step(
+            "Start Slurm with two nodes that load the plugin, and a uenvd for the login side and for each node"
+        ):
             self.user = self.resources.enter_context(ordinary_user(self.workdir))
             service_user = self.resources.enter_context(ordinary_user(self.workdir))
             slurm = self.workdir / "slurm"
             slurm.mkdir()
             # Job users load the plugin, and they may not be able to reach this checkout.
             plugin = shutil.copy(CHECKOUT / "slurm-plugin/uenvd_spank.so", slurm)
-            self.cluster = self.resources.enter_context(running_cluster(nodes=2, workdir=slurm, namespaces=True))
+            self.cluster = self.resources.enter_context(
+                running_cluster(nodes=2, workdir=slurm, namespaces=True)
+            )
             self.cluster.set_plugstack(f"required {plugin} socket={self.control_socket}")
             self.start_daemons(service_user)
             for name in ("heat.py", "nested.sbatch"):
@@ -241,7 +295,11 @@ class Demo:
             check(len(self.daemons) == 3, "three daemons serve")
         with step("What is there? (everything from here on as an ordinary user)"):
             done = self.shell("uenvctl image find")
-            check(done.returncode == 0 and "python-sci/2026.11" in done.stdout, "the image is listed", done.stderr)
+            check(
+                done.returncode == 0 and "python-sci/2026.11" in done.stdout,
+                "the image is listed",
+                done.stderr,
+            )
         with step("An MPI program on 4 ranks over 2 nodes; each node pulls the image now"):
             self.parallel_job()
         with step("The same again, from the nodes' caches"):
@@ -296,6 +354,13 @@ def keep_logs(workdir: Path) -> Path:
     return kept
 
 
+def explain(error: BaseException) -> str:
+    """Return one line or more on why it ended."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return str(error) or type(error).__name__
+
+
 def stop(number: int, _frame: FrameType | None) -> None:
     """End like Ctrl-C, so that everything is cleaned up."""
     raise KeyboardInterrupt(signal.Signals(number).name)
@@ -311,23 +376,27 @@ def main() -> int:
         signal.signal(number, stop)
     began_s = time.monotonic()
     os.umask(0o022)
-    with tempfile.TemporaryDirectory(prefix="uenvd-demo-", ignore_cleanup_errors=True) as name:
-        workdir = Path(name)
-        workdir.chmod(0o755)
-        failure = ""
-        with contextlib.ExitStack() as resources:
-            try:
-                resources.enter_context(mount_point())
-                Demo(workdir, resources).play()
-            except KeyboardInterrupt:
-                failure = "interrupted"
-            except (DemoError, ClusterError, RuntimeError, OSError, subprocess.SubprocessError) as error:
-                failure = str(error)
-            if failure:
-                logs = keep_logs(workdir)
-                print(f"\nFAILED: {failure}\nThe logs are in {logs}", file=sys.stderr, flush=True)
-            print("\nStopping everything", flush=True)
-    if failure:
+    try:
+        with tempfile.TemporaryDirectory(prefix="uenvd-demo-", ignore_cleanup_errors=True) as name:
+            workdir = Path(name)
+            workdir.chmod(0o755)
+            with contextlib.ExitStack() as resources:
+                try:
+                    resources.enter_context(mount_point())
+                    Demo(workdir, resources).play()
+                except BaseException as error:
+                    print(
+                        f"\nFAILED: {explain(error)}\nThe logs are in {keep_logs(workdir)}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    raise
+                finally:
+                    # From here on nothing interrupts the cleaning up.
+                    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                        signal.signal(number, signal.SIG_IGN)
+                    print("\nStopping everything", flush=True)
+    except (KeyboardInterrupt, DemoError, ClusterError, RuntimeError, OSError, subprocess.SubprocessError):
         return 1
     print(f"\nDone: everything held, nothing is left. {time.monotonic() - began_s:.1f} s in all.")
     return 0

@@ -115,8 +115,8 @@ fi
 say "installing the project and its tools into $venv"
 pip() { "$venv/bin/pip" --quiet --disable-pip-version-check "$@" </dev/null; }
 # The build back end lives in the environment, so that a later change of a source needs no network.
-if ! "$venv/bin/python" -c 'import editables, hatchling' 2>/dev/null; then
-    pip install 'hatchling>=1.24' editables
+if ! "$venv/bin/python" -c 'import editables, hatchling, wheel' 2>/dev/null; then
+    pip install 'hatchling>=1.24' editables wheel
 fi
 if [ $mode = editable ]; then
     pip install --no-build-isolation --editable '.[dev]'

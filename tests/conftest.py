@@ -22,7 +22,7 @@ def public_dir() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def node() -> Iterator[None]:
+def node() -> None:
     """A machine on which uenvd can run: root, /dev/fuse for everybody, the mount point /user-environment."""
     if os.geteuid() != 0:
         pytest.skip("needs root: uenvd makes mounts for other users")
@@ -31,10 +31,6 @@ def node() -> Iterator[None]:
         pytest.skip("needs /dev/fuse: modprobe fuse")
     if stat.S_IMODE(device.stat().st_mode) != 0o666:
         device.chmod(0o666)  # what udev's rules do on every ordinary system
-    mount_point = Path("/user-environment")
-    made = not mount_point.exists()
-    if made:
-        mount_point.mkdir(mode=0o755)
-    yield
-    if made:
-        mount_point.rmdir()
+    # What systemd-tmpfiles does from systemd/uenvd.tmpfiles. It stays: another run may be using it.
+    for mount_point in ("/user-environment", "/user-tools"):
+        Path(mount_point).mkdir(mode=0o755, exist_ok=True)

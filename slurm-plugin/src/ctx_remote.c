@@ -7,6 +7,7 @@
 #include "attach.h"
 #include "clock.h"
 #include "contexts.h"
+#include "describe.h"
 #include "environ.h"
 #include "exchange.h"
 #include "report.h"
@@ -34,7 +35,6 @@ static struct {
     struct mounts mounts;
     struct env_ops ops;      /* empty while the state is waiting */
     struct reply answer;     /* to mount: its notes */
-    char *view;
 } step = {
     .lease = CLIENT_CLOSED,
     .waiter = CLIENT_CLOSED,
@@ -167,8 +167,8 @@ void remote_init_post_opt(const struct plugin *plugin, const struct choice *choi
             failure_set(&step.failure, CODE_INTERNAL, NULL, "the environment of the job cannot be read");
         else if (plugin->config.set)
             failure_set(&step.failure, CODE_CONFIG, plugin->config.hint, "%s", failure_message(&plugin->config));
-        else if (mount_images(plugin, spank, &wish, job, number, &step.failure))
-            step.view = take(&wish.view);
+        else
+            mount_images(plugin, spank, &wish, job, number, &step.failure);
     }
     wish_free(&wish);
     if (step.failure.set) {
@@ -262,54 +262,28 @@ static bool wait_for_bytes(const struct plugin *plugin, const char *node, struct
     return fine;
 }
 
-/* For scripts: what is mounted where. Truth is the mount; these are a convenience. */
-static const char *const described[] = {"UENV_MOUNT_LIST", "UENV_LABEL", "UENV_DIGEST", "UENV_VIEW"};
-
-static bool set_joined(spank_t spank, const char *name, char *(*text_of)(const struct mount_point *))
+static bool set_description(spank_t spank, const char *name, char *text)
 {
-    char *joined = NULL;
-    bool fine = true;
-    for (size_t i = 0; fine && i < step.mounts.count; i++) {
-        char *text = text_of(&step.mounts.items[i]), *longer = NULL;
-        fine = text && asprintf(&longer, "%s%s%s", joined ? joined : "", joined ? "," : "", text) >= 0;
-        free(text);
-        free(joined);
-        joined = fine ? longer : NULL;
-    }
-    if (fine && strlen(name) + 1 + strlen(joined) <= MAX_ENV_STRING_BYTES)
-        fine = sw_setenv(spank, name, joined);
-    free(joined);
+    bool fine = text != NULL;
+    if (fine && strlen(name) + 1 + strlen(text) <= MAX_ENV_STRING_BYTES)
+        fine = sw_setenv(spank, name, text);
+    free(text);
     return fine;
-}
-
-static char *describe_mount(const struct mount_point *mount)
-{
-    char *text = NULL;
-    return asprintf(&text, "%s:%s", mount->digest ? mount->digest : mount->label, mount->path) < 0 ? NULL : text;
-}
-
-static char *describe_label(const struct mount_point *mount)
-{
-    return strdup(mount->label);
-}
-
-static char *describe_digest(const struct mount_point *mount)
-{
-    return strdup(mount->digest ? mount->digest : "");
 }
 
 static bool describe(spank_t spank)
 {
-    return set_joined(spank, "UENV_MOUNT_LIST", describe_mount) && set_joined(spank, "UENV_LABEL", describe_label) &&
-           set_joined(spank, "UENV_DIGEST", describe_digest) &&
-           (step.view ? sw_setenv(spank, "UENV_VIEW", step.view) : sw_unsetenv(spank, "UENV_VIEW"));
+    return set_description(spank, VAR_MOUNT_LIST, describe_mounts(&step.mounts)) &&
+           set_description(spank, VAR_LABEL, describe_labels(&step.mounts)) &&
+           set_description(spank, VAR_DIGEST, describe_digests(&step.mounts)) &&
+           set_description(spank, VAR_LOADED_VIEWS, describe_views(&step.mounts, step.ops.applied));
 }
 
 static void describe_nothing(spank_t spank)
 {
-    for (size_t i = 0; i < sizeof described / sizeof *described; i++)
-        sw_unsetenv(spank, described[i]);
-    sw_unsetenv(spank, ENV_APPLIED);
+    static const char *const names[] = {VAR_MOUNT_LIST, VAR_LABEL, VAR_DIGEST, VAR_LOADED_VIEWS, ENV_APPLIED};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        sw_unsetenv(spank, names[i]);
 }
 
 static bool prepare_task(const struct plugin *plugin, spank_t spank, const char *node, bool speaks, bool first_node,
@@ -362,7 +336,5 @@ void remote_exit(void)
     env_ops_free(&step.ops);
     reply_free(&step.answer);
     failure_clear(&step.failure);
-    free(step.view);
-    step.view = NULL;
     step.mode = STEP_PLAIN;
 }

@@ -231,7 +231,9 @@ class Cluster:
         """Start this node's slurmd (also again after `kill_node`)."""
         command = ["slurmd", "-D", "-N", node]
         if self.namespaces:
-            share = "mount --make-rshared / && " if self.shared else ""  # after the binds, or they would reach other nodes
+            share = (
+                "mount --make-rshared / && " if self.shared else ""
+            )  # after the binds, or they would reach other nodes
             script = (
                 'hostname "$1" && mount --bind "$2/nodes/$1" "$2/control" && mount --bind "$2/etc/hosts" /etc/hosts'
                 f" && {share}shift 2 && exec" + ' "$@"'

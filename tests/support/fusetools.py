@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import subprocess
 import sys
@@ -49,8 +50,10 @@ def open_to_all() -> None:
 
 def is_mounted(path: Path | str) -> bool:
     """Tell, from the mount table, whether something is mounted at a path."""
-    wanted = str(path).replace(" ", "\\040")
-    return any(line.split()[4] == wanted for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    wanted = os.fsencode(path).replace(b"\\", b"\\134").replace(b" ", b"\\040")
+    return any(
+        line.split(b" ")[4] == wanted for line in Path("/proc/self/mountinfo").read_bytes().splitlines()
+    )
 
 
 def has_ended(pid: int) -> bool:

@@ -196,7 +196,7 @@ class FakeRegistry:
         self._server.server_close()
         self._thread.join(5)
 
-    def spoil(self, path: str, **how: Any) -> Spoil:  # noqa: ANN401 -- the fields of Spoil
+    def spoil(self, path: str, **how: Any) -> Spoil:
         """Add a rule; the first that matches a request counts."""
         rule = Spoil(path, **how)
         self.spoils.append(rule)
@@ -243,7 +243,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
     registry: FakeRegistry
 
-    def __init__(self, *args: Any) -> None:  # noqa: ANN401 -- handed through
+    def __init__(self, *args: Any) -> None:
         self._open: set[socket.socket] = set()
         super().__init__(*args)
 
@@ -252,7 +252,7 @@ class _Server(ThreadingHTTPServer):
         self._open.add(connection)
         return connection, address
 
-    def shutdown_request(self, request: Any) -> None:  # noqa: ANN401 -- as in the base class
+    def shutdown_request(self, request: Any) -> None:
         self._open.discard(request)
         super().shutdown_request(request)
 
@@ -262,7 +262,7 @@ class _Server(ThreadingHTTPServer):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def handle_error(self, _request: Any, _address: Any) -> None:  # noqa: ANN401 -- as in the base class
+    def handle_error(self, _request: Any, _address: Any) -> None:
         """Say nothing: peers that go away are what is tested."""
 
 

@@ -64,11 +64,20 @@ def _images(state: State, uenv: str, view: str | None) -> list[dict[str, Any]]:
         label = _DIGEST.sub("", head)
         key = digest.group(1) if digest else state.tags.get(label, "")
         if key not in state.images:
-            raise _Refused("unknown-label", 68, f"no image matches {label}", "list what there is with: uenvctl image find")
+            raise _Refused(
+                "unknown-label",
+                68,
+                f"no image matches {label}",
+                "list what there is with: uenvctl image find",
+            )
         image = state.images[key]
         if view is not None and view not in image["views"]:
-            raise _Refused("unknown-view", 70, f"{label} has no view {view}", f"it has: {', '.join(image['views'])}")
-        found.append({**image, "label": label, "digest": key, "mount": f"/{mount}" if mount else image["mount"]})
+            raise _Refused(
+                "unknown-view", 70, f"{label} has no view {view}", f"it has: {', '.join(image['views'])}"
+            )
+        found.append(
+            {**image, "label": label, "digest": key, "mount": f"/{mount}" if mount else image["mount"]}
+        )
     return found
 
 
@@ -124,7 +133,9 @@ class _Peer:
     def _mount(self, request: dict[str, Any], state: State) -> None:
         from uenvd import mounts
 
-        images = sorted(_images(state, request["uenv"], request.get("view")), key=lambda image: image["mount"])
+        images = sorted(
+            _images(state, request["uenv"], request.get("view")), key=lambda image: image["mount"]
+        )
         described = [
             {
                 "mount": image["mount"],
@@ -141,7 +152,12 @@ class _Peer:
         sent = fds[: len(fds) + state.extra_fds] if state.extra_fds < 0 else fds
         env = {"env": None, "applied": ""} if state.waiting else _env(images, request.get("view"))
         _leases[lease] = _env(images, request.get("view"))
-        answer = {"ok": True, "lease": lease, "state": "waiting" if state.waiting else "ready", "mounts": described}
+        answer = {
+            "ok": True,
+            "lease": lease,
+            "state": "waiting" if state.waiting else "ready",
+            "mounts": described,
+        }
         try:
             self._send({**answer, **env, "notes": []}, sent)
         finally:
@@ -154,7 +170,13 @@ class _Peer:
             done += 1_000_000
             message = f"pulling app/1: {done // 1_000_000} of 91 MB"
             self._send(
-                {"event": "progress", "phase": "pull", "done_bytes": done, "total_bytes": 91_000_000, "message": message}
+                {
+                    "event": "progress",
+                    "phase": "pull",
+                    "done_bytes": done,
+                    "total_bytes": 91_000_000,
+                    "message": message,
+                }
             )
             time.sleep(_TICK_S)
         if request["lease"] not in _leases:
@@ -189,7 +211,10 @@ class StandIn:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it and wait until it listens."""
+        """Start it and wait until it listens; nothing happens when it runs."""
+        if self._process is not None:
+            self.update()
+            return
         self._dir.mkdir(exist_ok=True)
         self.update()
         self.socket_path.unlink(missing_ok=True)

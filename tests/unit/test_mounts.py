@@ -20,7 +20,9 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes mounts and id m
 
 def in_own_namespace(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run code as root in a mount namespace of its own."""
-    prelude = "import os, sys\nfrom uenvd import mounts\nmounts.unshare(mounts.CLONE_NEWNS)\nmounts.make_rslave()\n"
+    prelude = (
+        "import os, sys\nfrom uenvd import mounts\nmounts.unshare(mounts.CLONE_NEWNS)\nmounts.make_rslave()\n"
+    )
     return subprocess.run(
         [sys.executable, "-c", prelude + code, *arguments],
         capture_output=True,
@@ -89,7 +91,9 @@ def test_fuse_mount_without_privilege_has_a_hint() -> None:
         "except UenvError as error: print(error, '|', error.hint)\n"
     )
     done = run_as(NOBODY, code)
-    assert done.stdout.startswith("cannot make a FUSE mount: Operation not permitted (fsopen) | this needs root"), done
+    assert done.stdout.startswith(
+        "cannot make a FUSE mount: Operation not permitted (fsopen) | this needs root"
+    ), done
 
 
 def test_fuse_mount_in_a_user_namespace_with_its_type_source_and_flags(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
         print(HELP, end="")
         return 0
     description = parse_description(arguments.words[0])
+    output.mention_files([description])
     if description.path is not None:
         facts = inspect_file(description.path)
     else:
@@ -108,6 +109,10 @@ def inspect_file(path: str) -> dict[str, Any]:
     }
 
 
+def _size(size_bytes: int) -> str:
+    return f"{output.megabytes(size_bytes)} MB" if size_bytes >= 100_000 else f"{size_bytes} bytes"
+
+
 def _shown(facts: dict[str, Any]) -> str:
     size = facts.get("size_bytes")
     cached = facts.get("cached")
@@ -116,7 +121,7 @@ def _shown(facts: dict[str, Any]) -> str:
         ("description:", facts.get("description")),
         ("mount:", facts.get("mount")),
         ("digest:", facts.get("digest")),
-        ("size:", f"{output.megabytes(size)} MB" if isinstance(size, int) else None),
+        ("size:", _size(size) if isinstance(size, int) else None),
         ("date:", facts.get("date")),
         ("architecture:", facts.get("architecture")),
         (

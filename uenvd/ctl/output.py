@@ -9,10 +9,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from uenvd.errors import UenvError
+from uenvd.label import Description
 
 PROGRAM = "uenvctl"
 _BAR_WIDTH = 24
@@ -52,6 +53,13 @@ def report(error: UenvError) -> None:
     say(f"{PROGRAM}: {error.message}")
     if error.hint:
         say(f"hint: {error.hint}")
+
+
+def mention_files(descriptions: Iterable[Description]) -> None:
+    """Tell a user who named a file as if it were a label how to name the file."""
+    for one in descriptions:
+        if one.label is not None and str(one.label) == one.label.name and os.path.isfile(one.label.name):  # noqa: PTH113
+            note(f"'{one.label.name}' is taken as a label; the file of this name is ./{one.label.name}")
 
 
 def data(text: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from uenvd import mounts
 from uenvd.ctl.client import Client
-from uenvd.ctl.output import Progress, note
+from uenvd.ctl.output import Progress, mention_files, note
 from uenvd.errors import (
     LabelError,
     MountConflict,
@@ -89,6 +89,7 @@ class Plan(NamedTuple):
                 )
             if one.label is not None and one.label.name is None and one.label.digest is None:
                 raise LabelError(f"'{one}' names no environment")
+        mention_files(descriptions)
         files = [os.path.realpath(one.path) for one in descriptions if one.path is not None]
         for path in files:
             if files.count(path) > 1:

@@ -69,7 +69,7 @@ def _images(daemon: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 def _session_rows(session: Sequence[tuple[Mounted, str]]) -> list[tuple[str, str]]:
     if not session:
         return [("session:", "none")]
-    rows = []
+    rows: list[tuple[str, str]] = []
     for one, label in session:
         digest = f" ({one.source})" if label != one.source else ""
         rows.append(("session:" if not rows else "", f"{label} at {one.mount}{digest}"))

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import trio
@@ -26,6 +26,7 @@ from uenvd.errors import (
     NotFound,
     RegistryDenied,
     RegistryUnreachable,
+    StorageError,
     UenvError,
 )
 from uenvd.label import Label
@@ -67,19 +68,32 @@ class Image:
     config: ImageConfig | None
 
 
-@dataclass
 class Question:
     """One request's way through the catalogue: its deadline, whether it insists on fresh answers, what it must tell the user."""
 
-    deadline_s: float
-    """Absolute, on trio's clock."""
-    refresh: bool = False
-    notes: list[str] = field(default_factory=list)
+    def __init__(self, deadline_s: float, refresh: bool) -> None:
+        self.deadline_s = deadline_s
+        """Absolute, on trio's clock."""
+        self.refresh = refresh
+        self._notes: list[str] = []
+        self._stale: tuple[str, float] | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the user: at most one about the registry, however many of its answers were old ones."""
+        if self._stale is None:
+            return list(self._notes)
+        why, age_s = self._stale
+        return [*self._notes, f"{why}; using what it said {_ago(age_s)}"]
 
     def note(self, text: str) -> None:
-        """Add a line for the user, once."""
-        if text not in self.notes:
-            self.notes.append(text)
+        """Add a line for the user."""
+        self._notes.append(text)
+
+    def note_stale(self, error: UenvError, age_s: float) -> None:
+        """Take note that an old answer was used, and why."""
+        why, oldest_s = self._stale or (_first_line(error), age_s)
+        self._stale = (why, max(oldest_s, age_s))
 
 
 class Catalogue:
@@ -132,7 +146,20 @@ class Catalogue:
             )
         if not found:
             known |= await self._others(wanted, question)
-        return await self.image(resolution.choose(asked, found, known), question)
+        image = await self.image(resolution.choose(asked, found, known), question)
+        await trio.to_thread.run_sync(self._note, image)
+        return image
+
+    def _note(self, image: Image) -> None:
+        """Keep the manifest of a resolved image on disk: after a restart the label resolves also without the registry."""
+        found = image.found
+        if self._store.image(found.digest) is None:
+            try:
+                self._store.put_manifest(
+                    found.repository.path, image.manifest, image.layer, image.raw_config, tag=found.tag
+                )
+            except StorageError as error:
+                log.warning("%s", error)
 
     async def image(self, found: Found, question: Question) -> Image:
         """Return an image with its manifest and metadata."""
@@ -280,7 +307,7 @@ class Catalogue:
         except (RegistryUnreachable, RegistryDenied) as error:
             if known is None:
                 raise
-            question.note(f"{_first_line(error)}; using what it said {_ago(now_s - known[1])}")
+            question.note_stale(error, now_s - known[1])
             return known[0]
         self._answers[key] = (answer, now_s)
         self._answers.move_to_end(key)
@@ -295,7 +322,7 @@ class Catalogue:
     async def _ask(self, question: Question, ask: Callable[[], T]) -> T:
         """Ask the registry within the question's deadline. Raises `RegistryUnreachable` and the registry's other errors."""
         if trio.current_time() < self._quiet_until and self._failure is not None:
-            raise self._failure
+            raise RegistryUnreachable(self._failure.message, hint=self._failure.hint)
         left_s = question.deadline_s - trio.current_time()
 
         def in_thread() -> T:

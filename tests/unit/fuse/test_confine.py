@@ -42,7 +42,12 @@ print(json.dumps({
 
 def confined(arguments: str, **popen: Any) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-c", REPORT, arguments], capture_output=True, text=True, check=False, timeout=30, **popen
+        [sys.executable, "-c", REPORT, arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+        **popen,
     )
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)

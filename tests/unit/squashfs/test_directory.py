@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -283,7 +285,7 @@ class TestIndex:
         names = [name for name in names if name not in (b".", b"..")] or [b"x"]
         raw, entries = with_files(names)
         borders = [0, *sorted(cut for cut in cuts if cut < len(names)), len(names)]
-        runs = [run(entries[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+        runs = [run(entries[a:b]) for a, b in itertools.pairwise(borders)]
         starts = [sum(map(len, runs[:i])) for i in range(len(runs))]
         index = [(starts[i], 0, names[borders[i]]) for i in range(1, len(runs))] if by_index else []
         raw.indexed(1, b"".join(runs), index)
