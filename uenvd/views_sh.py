@@ -60,7 +60,8 @@ def script_ops(text: str) -> list[list[Any]]:
         if words[0] == "export":
             words = words[1:]
         elif words[0] == "unset":
-            ops.extend(["unset", name] for name in words[1:] if name is not None and _wanted(name))
+            if "-f" not in words:
+                ops.extend(["unset", name] for name in words[1:] if name is not None and _wanted(name))
             continue
         elif not all(word is not None and _ASSIGNMENT.match(word) for word in words):
             continue

@@ -118,6 +118,17 @@ def test_a_users_own_file_is_served_as_him(daemon: Daemon, public_dir: Path) -> 
     assert daemon.ask("images")["records"] == []  # never in the shared cache
 
 
+def test_others_do_not_learn_of_a_users_files(daemon: Daemon, public_dir: Path) -> None:
+    own = simple_image(public_dir / "own.squashfs", "own", "mine")
+    client, done = mount_file(daemon, own, NOBODY)
+    with client:
+        assert done["ok"]
+        (stranger,) = ask_as(NOBODY - 1, daemon, {"op": "status"})
+        (owner,) = ask_as(NOBODY, daemon, {"op": "status"})
+        assert stranger["images"] == stranger["leases"] == []
+        assert [lease["labels"] for lease in owner["leases"]] == [[str(own)]]
+
+
 def test_root_opens_no_file_for_a_user(daemon: Daemon, public_dir: Path) -> None:
     secret = simple_image(public_dir / "secret.squashfs", "secret", "roots")
     secret.chmod(0o600)

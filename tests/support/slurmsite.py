@@ -69,13 +69,19 @@ class Site:
 
     def leaks(self) -> list[str]:
         """Return the lines of the mount tables of this machine and of the nodes' slurmd in which an image shows."""
-        tables = [Path("/proc/self/mountinfo").read_text(), *map(self.cluster.node_mounts, self.cluster.nodes)]
+        tables = [
+            Path("/proc/self/mountinfo").read_text(),
+            *map(self.cluster.node_mounts, self.cluster.nodes),
+        ]
         places = (str(self.mount), str(self.tools_mount))
         return [line for table in tables for line in table.splitlines() if line.split()[4] in places]
 
     def configure(self, **arguments: object) -> None:
         """Write plugstack.conf with these arguments of the plugin besides its socket."""
-        words = [f"socket={self.cluster.control_socket}", *(f"{name}={value}" for name, value in arguments.items())]
+        words = [
+            f"socket={self.cluster.control_socket}",
+            *(f"{name}={value}" for name, value in arguments.items()),
+        ]
         self.cluster.set_plugstack(f"required {self.plugin} {' '.join(words)}")
 
 
@@ -90,7 +96,11 @@ def _standard_state(cluster: Cluster, mount: Path, tools_mount: Path) -> State:
         return {"dir": str(directory), "mount": str(place), "views": views}
 
     bin_dir = str(mount / "bin")
-    default = [["set", "APP_HOME", str(mount)], ["prepend", "PATH", [bin_dir]], ["append", "APP_LIST", ["a", "b"]]]
+    default = [
+        ["set", "APP_HOME", str(mount)],
+        ["prepend", "PATH", [bin_dir]],
+        ["append", "APP_LIST", ["a", "b"]],
+    ]
     develop = [*default, ["set", "APP_DEVELOP", "1"], ["unset", "TOOLCONFLICT"]]
     return State(
         tags={"app/1": DIGEST_1, "app/2": DIGEST_2, "tools/1": DIGEST_TOOLS},
@@ -114,7 +124,9 @@ def _make_images(cluster: Cluster) -> None:
 
 def built_plugin() -> Path:
     """Build the plugin if its sources changed, return it. Skips the test where it cannot be built."""
-    done = subprocess.run(["make", "-C", str(CHECKOUT / "slurm-plugin")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["make", "-C", str(CHECKOUT / "slurm-plugin")], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         pytest.fail(f"the plugin cannot be built:\n{done.stdout}{done.stderr}")
     return CHECKOUT / "slurm-plugin" / "uenvd_spank.so"

@@ -100,7 +100,7 @@ class Service:
             case "inspect":
                 return await self._inspect(request)
             case "status":
-                return await self._status()
+                return await self._status(connection)
             case "evict":
                 return await self._evict(connection, request)
             case _:
@@ -432,7 +432,14 @@ class Service:
         matching = [image.found for image, _pinned in stored if wanted.matches(image.found.label)]
         return resolution.choose(label, matching, {}).digest
 
-    async def _status(self) -> Answer:
+    async def _status(self, connection: Connection) -> Answer:
+        """Say what is served. Files and leases of others are root's business only."""
+        uid = connection.peer.identity.uid
+
+        def is_visible(served: Served) -> bool:
+            source = served.source
+            return uid == 0 or isinstance(source, BlobSource) or source.owner.uid == uid
+
         used, free = await trio.to_thread.run_sync(self._store.usage)
         return Answer(
             protocol.success(
@@ -451,6 +458,7 @@ class Service:
                         "worker": served.worker.pid if served.worker else None,
                     }
                     for served in self._served
+                    if is_visible(served)
                 ],
                 leases=[
                     {
@@ -459,6 +467,7 @@ class Service:
                         "job": lease.job,
                     }
                     for lease in self._leases.values()
+                    if uid in (0, lease.owner.uid)
                 ],
                 cache={"path": str(self._config.cache_local), "used_bytes": used, "free_bytes": free},
                 connections=self.connections(),
