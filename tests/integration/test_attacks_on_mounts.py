@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.fusetools import (
     ENTER_NAMESPACE,
     NOBODY,
@@ -23,8 +25,9 @@ from support.fusetools import (
     until,
 )
 from support.minidaemon import MiniDaemon, mini_daemon
-
 from uenvd import mounts
+from uenvd.daemon.cloner import request_clone, start_cloner
+from uenvd.errors import MountFailed
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="plays the daemon, which is root")
 
@@ -100,8 +103,6 @@ def daemon(tmp_path: Path) -> Iterator[MiniDaemon]:
 
 
 def attack(fd: int) -> dict[str, Any]:
-    import json
-
     done = run_as(NOBODY, ATTACK, [fd])
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
@@ -246,9 +247,6 @@ def test_damaged_image_is_a_report_and_the_mount_can_be_taken_back(
 
 
 def test_unknown_name_is_an_error_of_that_request_only(tmp_path: Path, image: Path) -> None:
-    from uenvd.daemon.cloner import request_clone, start_cloner
-    from uenvd.errors import MountFailed
-
     process, channel = start_cloner(str(tmp_path))
     try:
         for name, reason in (
@@ -265,13 +263,10 @@ def test_unknown_name_is_an_error_of_that_request_only(tmp_path: Path, image: Pa
 
 
 def test_cloner_that_is_gone(tmp_path: Path) -> None:
-    from uenvd.daemon.cloner import request_clone, start_cloner
-    from uenvd.errors import MountFailed
-
     process, channel = start_cloner(str(tmp_path))
     process.kill()
     process.wait()
-    with pytest.raises(MountFailed, match="cloner does not answer|it ended"):
+    with pytest.raises(MountFailed, match=r"cloner does not answer|it ended"):
         request_clone(channel, "x")
     channel.close()
 

@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
 from support import images
 from support.forkedfs import ForkedFs, forked_fs
 from support.fusetools import has_ended, is_mounted, open_to_all, rss_bytes, until
-
 from uenvd import mounts
 from uenvd.errors import FormatError, StorageError
 

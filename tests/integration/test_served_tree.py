@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+
 from support import images
 from support.fusetools import NOBODY, SOMEBODY, open_to_all, rss_bytes, run_as, served, session
 from support.minidaemon import mini_daemon

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fusetools import NOBODY, has_ended, is_mounted, open_to_all, served, until
 
+from support.fusetools import NOBODY, has_ended, is_mounted, open_to_all, served, until
 from uenvd import errors, mounts
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts as root and as another user")
@@ -58,26 +58,15 @@ def run(place: Path, *arguments: str, **popen: Any) -> subprocess.CompletedProce
 
 
 def servers_of(place: Path) -> list[int]:
-    """Processes that serve something below a place."""
+    """Processes that hold the image of a place open."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if (
-                    b"uenvd.fuse.worker" in words
-                    and (entry / "cwd").exists()
-                    and not has_ended(int(entry.name))
-                ):
-                    if os.fsencode(str(place)) in b" ".join(words) or os.fsencode(str(place)) in _image_of(
-                        entry
-                    ):
-                        found.append(int(entry.name))
+                files = [os.readlink(fd) for fd in (entry / "fd").iterdir()]
+                if str(place / "i") in files:
+                    found.append(int(entry.name))
     return found
-
-
-def _image_of(process: Path) -> bytes:
-    return b" ".join(os.fsencode(os.readlink(fd)) for fd in (process / "fd").iterdir())
 
 
 @pytest.mark.parametrize("who", ["root", "nobody"])

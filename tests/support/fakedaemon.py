@@ -14,7 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-_ACCEPT_POLL_S = 0.1
 _STOP_S = 10.0
 
 
@@ -66,6 +65,7 @@ class FakeDaemon:
         self._mode = mode
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
+        self._peers: set[socket.socket] = set()
         self._changed = threading.Condition()
 
     def __enter__(self) -> Self:
@@ -73,7 +73,6 @@ class FakeDaemon:
         self._listener.bind(str(self.path))
         self.path.chmod(self._mode)
         self._listener.listen(16)
-        self._listener.settimeout(_ACCEPT_POLL_S)
         self._start(self._accept)
         return self
 
@@ -81,6 +80,10 @@ class FakeDaemon:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
+        with self._changed:
+            for open_socket in (self._listener, *self._peers):
+                with contextlib.suppress(OSError):
+                    open_socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it
         for thread in self._threads:
             thread.join(_STOP_S)
         self._listener.close()
@@ -97,9 +100,12 @@ class FakeDaemon:
         self._threads.append(thread)
 
     def _accept(self) -> None:
-        while not self._stop.is_set():
-            with contextlib.suppress(TimeoutError):
-                self._start(self._serve, self._listener.accept()[0])
+        with contextlib.suppress(OSError):  # shut down
+            while not self._stop.is_set():
+                peer = self._listener.accept()[0]
+                with self._changed:
+                    self._peers.add(peer)
+                self._start(self._serve, peer)
 
     def _count(self, change: int) -> None:
         with self._changed:
@@ -111,20 +117,18 @@ class FakeDaemon:
         pid, _uid, _gid = struct.unpack("iII", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         try:
             with peer:
-                peer.settimeout(_ACCEPT_POLL_S)
                 self._converse(peer, pid)
         except OSError:
             return  # the peer hung up: many tests are about that
         finally:
+            with self._changed:
+                self._peers.discard(peer)
             self._count(-1)
 
     def _converse(self, peer: socket.socket, pid: int) -> None:
         pending = b""
         while not self._stop.is_set():
-            try:
-                data = peer.recv(65536)
-            except TimeoutError:
-                continue
+            data = peer.recv(65536)
             if not data:
                 return
             pending += data
@@ -145,20 +149,17 @@ class FakeDaemon:
         if isinstance(step, dict):
             step = Raw(json.dumps(step).encode() + b"\n")
         if isinstance(step, Raw):
-            peer.settimeout(_STOP_S)
             if step.descriptors:
                 sent = socket.send_fds(peer, [step.data], list(step.descriptors))
                 peer.sendall(step.data[sent:])
             else:
                 peer.sendall(step.data)
-            peer.settimeout(_ACCEPT_POLL_S)
         elif isinstance(step, Pause):
             self._stop.wait(step.seconds)
         elif isinstance(step, Hang):
-            while not self._stop.is_set():
-                with contextlib.suppress(TimeoutError):
-                    if not peer.recv(65536):
-                        return False
+            while peer.recv(65536):
+                continue
+            return False
         return not isinstance(step, HangUp)
 
 

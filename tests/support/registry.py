@@ -162,7 +162,7 @@ class FakeRegistry:
         self.tags: dict[str, dict[str, str]] = {}
         self.seen: list[Seen] = []
         self.spoils: list[Spoil] = []
-        self.token_lifetime_s = 300.0
+        self.token_lifetime_s = 300
         self.tokens: dict[str, tuple[str, float]] = {}
         self.identity_token: str | None = None
         self.upload_host = ""

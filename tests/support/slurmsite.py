@@ -1,6 +1,6 @@
 """Fixtures of the Slurm tests: one cluster for the whole session, whose nodes differ like hosts and share their mounts like systemd's.
 
-Each of login side, node1 and node2 has a stand-in for uenvd of its own. A test module says ``pytest_plugins = ["support.slurmsite"]``.
+Each of login side, node1 and node2 has a stand-in for uenvd of its own.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def built_plugin() -> Path:
 
 
 @pytest.fixture(scope="session")
-def _site() -> Iterator[Site]:
+def slurm_site() -> Iterator[Site]:
     reason = missing()
     if reason:
         pytest.skip(reason)
@@ -162,25 +162,23 @@ def _site() -> Iterator[Site]:
 
 
 @pytest.fixture
-def site(_site: Site) -> Iterator[Site]:
+def site(slurm_site: Site) -> Iterator[Site]:
     """The site in its standard state: all daemons run, all nodes are idle, no request counted.
 
     Afterwards no job is left, no node was drained by what the test did, and no image is visible outside of jobs.
     """
-    state = _standard_state(_site.cluster, _site.mount, _site.tools_mount)
-    _site.configure()
-    for daemon in _site.daemons:
+    state = _standard_state(slurm_site.cluster, slurm_site.mount, slurm_site.tools_mount)
+    slurm_site.configure()
+    for daemon in slurm_site.daemons:
         daemon.state = copy.deepcopy(state)
         daemon.start()
         daemon.forget_requests()
     try:
-        yield _site
-        states = _site.cluster.node_states()
-        leaks = _site.leaks()
+        yield slurm_site
+        states = slurm_site.cluster.node_states()
+        leaks = slurm_site.leaks()
     finally:
-        _site.cluster.cancel_all()
-        for daemon in _site.daemons:
-            daemon.kill()
+        slurm_site.cluster.cancel_all()
     assert not [node for node, name in states.items() if "drain" in name or "down" in name], states
     assert leaks == []
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 from uenvd.errors import UenvError, all_errors, by_code
 
 
@@ -24,3 +28,8 @@ def test_every_class_says_what_it_means() -> None:
 def test_code_of_a_newer_peer_is_still_an_error() -> None:
     assert by_code("not-invented-yet") is UenvError
     assert all(by_code(cls.code) is cls for cls in all_errors())
+
+
+def test_the_reference_page_is_what_the_tree_says() -> None:
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, root / "scripts" / "errors_page.py", "--check"], check=True)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.fusetools import ENTER_NAMESPACE, NOBODY, open_to_all, run_as
 
+from support.fusetools import ENTER_NAMESPACE, NOBODY, open_to_all, run_as
 from uenvd import mounts
 from uenvd.errors import MountFailed
 

@@ -10,6 +10,8 @@ from uenvd.errors import UenvError
 
 _log = logging.getLogger(__name__)
 _MAX_KINDS = 64
+_PARTICULARS = re.compile(r"""0x[0-9a-f]+|[0-9]+|b'(?:[^'\\]|\\.)*'|b"[^"]*\"""")
+"""Numbers and names in a message."""
 
 
 class Faults:
@@ -27,7 +29,7 @@ class Faults:
         logged with its traceback.
         """
         self.count += 1
-        kind = f"{type(error).__name__} {re.sub(r'[0-9a-fx]*[0-9]+', 'N', str(error))}"
+        kind = f"{type(error).__name__} {_PARTICULARS.sub('N', str(error))}"
         if kind not in self._kinds and len(self._kinds) < _MAX_KINDS:
             self._kinds.add(kind)
             known = isinstance(error, OSError | UenvError | MemoryError)

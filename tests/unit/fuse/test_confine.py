@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import pytest
+
 from support.fusetools import NOBODY, SOMEBODY
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="starts processes as root and as other users")

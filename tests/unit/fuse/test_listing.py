@@ -37,7 +37,7 @@ def directory(size_bytes: int) -> Inode:
 
 def make(count: int, bad: int = -1) -> tuple[Listings, FakeImage]:
     fake = FakeImage(count, bad)
-    return Listings(cast(Image, fake)), fake
+    return Listings(cast("Image", fake)), fake
 
 
 def piece(listings: Listings, ino: int, size_bytes: int, start: int, count: int) -> list[int]:

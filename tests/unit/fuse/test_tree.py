@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import images
 
+from support import images
 from uenvd.errors import FormatError
 from uenvd.fuse.tree import ROOT_INO, Tree
 from uenvd.squashfs import Block, InodeRef, Span
@@ -172,8 +171,3 @@ def test_root_has_number_one(make_tree: MakeTree) -> None:
     tree = make_tree()
     assert tree.ino_of(tree.image.root) == ROOT_INO
     assert tree.ino_of(InodeRef(0)) == (ROOT_INO if tree.image.root == 0 else 2)
-
-
-def test_prefetch_does_no_harm(make_tree: MakeTree) -> None:
-    make_tree().prefetch_metadata()
-    assert subprocess.run(["true"], check=False).returncode == 0
