@@ -19,9 +19,10 @@ def text() -> str:
     lines = [
         "# Errors",
         "",
-        "Made by `scripts/errors_page.py`. Every program of uenvd ends with the exit status of the error that it met, and prints its message and, where there is one,",
-        "a line `hint: ...`. `code` is what the control protocol carries. A command that `uenvctl run` or `srun` started has its own exit status; 126 and 127 mean, as in a",
-        "shell, that it could not be executed or was not found. In a Slurm step a failing environment ends the task with status 1.",
+        "Made by `scripts/errors_page.py`. Every program of uenvd ends with the exit status of the error that it met, and prints its",
+        "message and, where there is one, a line `hint: ...`. `code` is what the control protocol carries. A command that `uenvctl run` or",
+        "`srun` started has its own exit status; 126 and 127 mean, as in a shell, that it could not be executed or was not found. In a Slurm",
+        "step a failing environment ends the task with status 1.",
         "",
         "| exit status | code | meaning | default hint |",
         "|---|---|---|---|",

@@ -114,14 +114,17 @@ if ! grep -qs '^home = /usr/bin$' "$venv/pyvenv.cfg" || [ ! -x "$venv/bin/pip" ]
 fi
 say "installing the project and its tools into $venv"
 pip() { "$venv/bin/pip" --quiet --disable-pip-version-check "$@" </dev/null; }
-# The build back end lives in the environment, so that a later change of a source needs no network.
-if ! "$venv/bin/python" -c 'import editables, hatchling, wheel' 2>/dev/null; then
-    pip install 'hatchling>=1.24' editables wheel
-fi
 if [ $mode = editable ]; then
-    pip install --no-build-isolation --editable '.[dev]'
+    project=(--editable '.[dev]')
 else
-    pip install --no-build-isolation '.[dev]'
-    pip install --no-build-isolation --no-deps --force-reinstall .
+    project=('.[dev]')
+fi
+# Without the network when all requirements are met, with the build back end that lives in the environment.
+if ! pip install --no-index --no-build-isolation "${project[@]}" >/dev/null 2>&1; then
+    pip install 'hatchling>=1.24' editables
+    pip install --use-pep517 "${project[@]}"
+fi
+if [ $mode = copied ]; then
+    pip install --no-index --no-build-isolation --no-deps --force-reinstall .
 fi
 printf '%s\n' "$stamp" > "$venv/.uenvd-setup"

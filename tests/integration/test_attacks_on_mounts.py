@@ -26,8 +26,6 @@ from support.fusetools import (
 )
 from support.minidaemon import MiniDaemon, mini_daemon
 from uenvd import mounts
-from uenvd.daemon.cloner import request_clone, start_cloner
-from uenvd.errors import MountFailed
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="plays the daemon, which is root")
 
@@ -244,31 +242,6 @@ def test_damaged_image_is_a_report_and_the_mount_can_be_taken_back(
     assert answer["error"] == "bad-image"
     daemon.remove("a")
     until(lambda: has_ended(answer["pid"]), "the worker's end")
-
-
-def test_unknown_name_is_an_error_of_that_request_only(tmp_path: Path, image: Path) -> None:
-    process, channel = start_cloner(str(tmp_path))
-    try:
-        for name, reason in (
-            ("nothing", "No such file"),
-            ("..", "Invalid argument"),
-            ("a/b", "Invalid argument"),
-        ):
-            with pytest.raises(MountFailed, match=reason):
-                request_clone(channel, name)
-        assert process.poll() is None
-    finally:
-        channel.close()
-    assert process.wait(5) == 0
-
-
-def test_cloner_that_is_gone(tmp_path: Path) -> None:
-    process, channel = start_cloner(str(tmp_path))
-    process.kill()
-    process.wait()
-    with pytest.raises(MountFailed, match=r"cloner does not answer|it ended"):
-        request_clone(channel, "x")
-    channel.close()
 
 
 def test_job_signals_do_not_end_a_worker(daemon: MiniDaemon, image: Path) -> None:

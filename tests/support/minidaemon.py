@@ -108,7 +108,7 @@ class MiniDaemon:
 
     def _ask(self, **request: Any) -> tuple[dict[str, Any], list[int]]:
         self._channel.send(json.dumps(request).encode())
-        data, fds, _flags, _address = socket.recv_fds(self._channel, 65536, 1, socket.MSG_CMSG_CLOEXEC)
+        data, fds, _flags, _address = socket.recv_fds(self._channel, 65536, 1)
         if not data:
             raise RuntimeError("the mini daemon ended")
         return json.loads(data), fds

@@ -26,20 +26,23 @@ def execute(command: Sequence[str], environ: Mapping[str, str], *, argv0: str | 
     name = command[0]
     arguments = [argv0 if argv0 is not None else name, *command[1:]]
     failure: OSError | None = None
+    headless = False
     for path in _candidates(name, environ):
         try:
             _exec(path, arguments, environ)
         except OSError as error:
             if error.errno == errno.EACCES and "/" not in name and not os.path.lexists(path):
                 continue  # a directory of PATH that is closed to the user
+            headless = headless or (error.errno == errno.ENOENT and os.path.lexists(path))
             if error.errno not in (errno.ENOENT, errno.ENOTDIR) or failure is None:
                 failure = error
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
                 break
     if failure is None or failure.errno in (errno.ENOENT, errno.ENOTDIR):
-        there = "/" in name and os.path.lexists(name)
-        note(f"{name}: cannot be run: its interpreter is missing" if there else f"{name}: command not found")
-        raise SystemExit(NOT_EXECUTABLE if there else NOT_FOUND)
+        note(
+            f"{name}: cannot be run: its interpreter is missing" if headless else f"{name}: command not found"
+        )
+        raise SystemExit(NOT_EXECUTABLE if headless else NOT_FOUND)
     note(f"{name}: cannot be run: {failure.strerror}")
     raise SystemExit(NOT_EXECUTABLE)
 

@@ -74,7 +74,7 @@ def inspect_file(path: str) -> dict[str, Any]:
         raise AccessDenied(f"cannot open {path}: {error.strerror}") from error
     except OSError as error:
         raise StorageError(f"cannot open {path}: {error.strerror}") from error
-    with open(descriptor, "rb", buffering=0):  # noqa: PTH123 - closes the descriptor
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise UsageError(f"{path} is not a regular file", hint="give the path of a squashfs image")
@@ -92,6 +92,8 @@ def inspect_file(path: str) -> dict[str, Any]:
             raise FormatError(f"{path}: {error.message}", hint=error.hint) from error
         except OSError as error:
             raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
     return {
         "label": path,
         "digest": None,

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except OSError as error:
         _drop_stdout()
-        output.note(f"{error.strerror}{f': {os.fsdecode(error.filename)}' if error.filename else ''}")
+        output.note(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         return UenvError.exit_status
     except Exception as error:  # the one place where a fault of our own is reported
         if os.environ.get("UENVD_DEBUG"):

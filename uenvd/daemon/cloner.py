@@ -12,6 +12,7 @@ It has no uid map and so no identity, no capability outside its namespace, and n
 
 from __future__ import annotations
 
+import array
 import errno
 import os
 import signal
@@ -113,9 +114,7 @@ def request_clone(channel: socket.socket, name: str) -> int:
     try:
         channel.settimeout(CLONE_DEADLINE_S)
         channel.send(os.fsencode(name))
-        answer, descriptors, _flags, _address = socket.recv_fds(
-            channel, _MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC
-        )
+        answer, descriptors = _receive(channel)
     except OSError as error:
         channel.close()
         raise MountFailed(f"the cloner does not answer: {error.strerror or 'timed out'}") from error
@@ -126,9 +125,23 @@ def request_clone(channel: socket.socket, name: str) -> int:
     raise MountFailed(f"cannot clone the mount {name}: {_reason(answer)}")
 
 
+def _receive(channel: socket.socket) -> tuple[bytes, list[int]]:
+    """Return a datagram and the descriptors that came with it, close-on-exec (`socket.recv_fds` drops the flag that says so)."""
+    descriptors = array.array("i")
+    answer, control, _flags, _address = channel.recvmsg(
+        _MAX_MESSAGE_BYTES, socket.CMSG_LEN(descriptors.itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    for level, kind, data in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+    return answer, descriptors.tolist()
+
+
 def _reason(answer: bytes) -> str:
     if not answer:
         return "it ended"
+    if answer == b"ok":
+        return "its answer came without a descriptor (too many open files?)"
     text = answer.decode(errors="replace")
     return os.strerror(int(text[1:])) if text[:1] == "E" and text[1:].isdecimal() else "it talks nonsense"
 

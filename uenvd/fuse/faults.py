@@ -10,6 +10,8 @@ from uenvd.errors import UenvError
 
 _log = logging.getLogger(__name__)
 _MAX_KINDS = 64
+_ANSWERS = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ESTALE})
+"""What a question deserves that makes no sense: nothing to log."""
 _PARTICULARS = re.compile(r"""0x[0-9a-f]+|[0-9]+|b'(?:[^'\\]|\\.)*'|b"[^"]*\"""")
 """Numbers and names in a message."""
 
@@ -28,6 +30,8 @@ class Faults:
         `OSError` keeps its errno (EIO if it has none), all else is EIO; an error that is neither `OSError` nor of uenvd's tree is a bug and is
         logged with its traceback.
         """
+        if isinstance(error, OSError) and error.errno in _ANSWERS:
+            return error.errno
         self.count += 1
         kind = f"{type(error).__name__} {_PARTICULARS.sub('N', str(error))}"
         if kind not in self._kinds and len(self._kinds) < _MAX_KINDS:

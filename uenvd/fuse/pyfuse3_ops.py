@@ -14,6 +14,7 @@ import errno
 import functools
 import logging
 import os
+import select
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -29,6 +30,8 @@ from uenvd.squashfs import Block, Span
 _FOREVER_S = 10 * 365 * 86400
 _MAX_TASKS = 32
 """Requests in hand at once; each may hold a reply of 1 MiB."""
+_ALONE_BYTES = 128 << 10
+"""A lone request's block is decoded at once when it is stored in no more."""
 _NUDGE_S = 0.1
 
 Result = TypeVar("Result")
@@ -74,6 +77,7 @@ class Operations(pyfuse3.Operations):
         self._limiter = trio.CapacityLimiter(len(os.sched_getaffinity(0)))
         self._loading: dict[Block, trio.Event] = {}
         self._in_threads = 0
+        self._poll: select.poll | None = None
 
     def init(self) -> None:
         """Tell that the kernel has answered. pyfuse3 demands that nothing is raised here."""
@@ -193,7 +197,10 @@ class Operations(pyfuse3.Operations):
         parts: list[Part | Exception | None] = [self.tree.peek(span) for span in spans]
         missing = [i for i, part in enumerate(parts) if part is None]
         if len(missing) == 1:
-            await self._fetch(spans, parts, missing[0])
+            if self._alone():
+                parts[missing[0]] = self.tree.peek(spans[missing[0]], _ALONE_BYTES)
+            if parts[missing[0]] is None:
+                await self._fetch(spans, parts, missing[0])
         elif missing:
             async with trio.open_nursery() as nursery:
                 for i in missing:
@@ -209,6 +216,15 @@ class Operations(pyfuse3.Operations):
             return done[0]  # type: ignore[return-value]  # pyfuse3 takes any buffer
         return b"".join(done)
 
+    def _alone(self) -> bool:
+        """Tell whether nobody else waits for this process, so that decoding at once costs nobody anything and saves a thread's way."""
+        return self._poll is not None and self._in_threads == 0 and not self._poll.poll(0)
+
+    def watch(self, device_fd: int) -> None:
+        """Tell the descriptor of ``/dev/fuse``, to see whether requests are waiting."""
+        self._poll = select.poll()
+        self._poll.register(device_fd, select.POLLIN)
+
     async def _fetch(self, spans: list[Span], parts: list[Part | Exception | None], i: int) -> None:
         """Put a part, or the error that kept it away, to its place."""
         try:
@@ -218,21 +234,23 @@ class Operations(pyfuse3.Operations):
 
     async def _part(self, span: Span) -> Part:
         """Return a part from a thread; a request whose block is being decoded for another one waits without occupying a thread."""
-        while True:
-            other = self._loading.get(span.block)
-            if other is None:
-                break
+        if not span.block.compressed:
+            return await self._in_thread(span)
+        while (other := self._loading.get(span.block)) is not None:
             await other.wait()
             part = self.tree.peek(span)
             if part is not None:
                 return part
         event = self._loading[span.block] = trio.Event()
         try:
-            with self._nudged():
-                return await trio.to_thread.run_sync(self.tree.part, span, limiter=self._limiter)
+            return await self._in_thread(span)
         finally:
             del self._loading[span.block]
             event.set()
+
+    async def _in_thread(self, span: Span) -> Part:
+        with self._nudged():
+            return await trio.to_thread.run_sync(self.tree.part, span, limiter=self._limiter)
 
     @contextmanager
     def _nudged(self) -> Iterator[None]:

@@ -188,8 +188,11 @@ class Tree:
 
     # -- content
 
-    def peek(self, span: Span) -> Part | None:
-        """Return the bytes of a span if that takes no waiting: known, a hole, or little work on bytes in the page cache."""
+    def peek(self, span: Span, inline_bytes: int = INLINE_BYTES) -> Part | None:
+        """Return the bytes of a span if that takes no waiting: known, a hole, or work on bytes in the page cache.
+
+        A stored block of up to ``inline_bytes`` is decoded for it.
+        """
         block = span.block
         if block.stored_bytes == 0:
             return self._hole(span)
@@ -197,7 +200,7 @@ class Tree:
         if data is None:
             if _stored_as_is(span):
                 return self._read_now(block.pos_bytes + span.start, span.stop - span.start)
-            if block.stored_bytes > INLINE_BYTES:
+            if block.stored_bytes > inline_bytes:
                 return None
             stored = self._read_now(block.pos_bytes, block.stored_bytes)
             if stored is None:

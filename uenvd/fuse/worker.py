@@ -16,6 +16,7 @@ import os
 import socket
 import stat
 import sys
+from contextlib import suppress
 
 import pyfuse3
 import trio
@@ -117,7 +118,11 @@ def supervised(channel: socket.socket) -> int:
         _report(channel, WorkerReport(error=error))
         return 1
     _report(channel, report)
-    trio.run(_serve_supervised)
+    try:
+        trio.run(_serve_supervised)
+    except Exception:  # noqa: BLE001 - the boundary
+        _log.exception("%s: the worker ends", name)
+        return 1
     return 0
 
 
@@ -151,6 +156,10 @@ def session(operations: Operations, mountpoint: str, options: set[str]) -> None:
         pyfuse3.init(operations, mountpoint, options)
     except RuntimeError as error:
         raise WorkerFailed(f"libfuse cannot serve {mountpoint}: {error}") from error
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
+                operations.watch(int(name))
     gc.collect()
     gc.freeze()
 

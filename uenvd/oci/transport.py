@@ -274,6 +274,8 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
         return response
 
     def _read(self, response: requests.Response, limit_bytes: int, what: str) -> bytes:
+        if response.status_code >= 300:
+            return bytes(response.content)  # was read by the adapter
         data = bytearray()
         while True:
             piece = response.raw.read1(PIECE_BYTES, decode_content=False)

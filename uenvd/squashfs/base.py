@@ -40,7 +40,7 @@ class GenerationCache(Generic[K, V]):
 
     Entries live in two generations. A new entry, or an old one that is asked for, goes to the young generation; when that reaches half
     of ``limit`` (in the unit of the weights: bytes, entries) it becomes the old one and the former old one is dropped. What is used at
-    least once per generation therefore stays, as in an LRU, and the sum of weights stays at most ``limit`` plus one entry.
+    least once per generation therefore stays, as in an LRU, and the sum of weights stays at most ``limit`` plus two entries.
 
     Concurrency: each step is one atomic dictionary operation; a race between threads costs at most a second computation of a value or
     a slightly early turn of the generations, never a wrong value.
@@ -50,26 +50,30 @@ class GenerationCache(Generic[K, V]):
 
     def __init__(self, limit: int) -> None:
         self._half = max(1, limit // 2)
-        self._young: dict[K, V] = {}
-        self._old: dict[K, V] = {}
+        self._young: dict[K, tuple[V, int]] = {}
+        self._old: dict[K, tuple[V, int]] = {}
         self._young_weight = 0
 
-    def get(self, key: K, weight: int = 1) -> V | None:
-        """Return the value, or None. ``weight`` is what the entry counts when it is promoted."""
-        value = self._young.get(key)
-        if value is None:
-            value = self._old.get(key)
-            if value is not None:
-                self.put(key, value, weight)
-        return value
+    def get(self, key: K) -> V | None:
+        """Return the value, or None."""
+        found = self._young.get(key)
+        if found is None:
+            found = self._old.get(key)
+            if found is None:
+                return None
+            self.put(key, *found)
+        return found[0]
 
     def put(self, key: K, value: V, weight: int = 1) -> None:
         """Insert the value."""
         if self._young_weight >= self._half:
             self._old, self._young = self._young, {}
             self._young_weight = 0
-        self._young[key] = value
+        self._young[key] = (value, weight)
         self._young_weight += weight
 
-    def __len__(self) -> int:
-        return len(self._young) + len(self._old)
+    def weight(self) -> int:
+        """Return the sum of the weights."""
+        return sum(
+            weight for generation in (self._young, self._old) for _value, weight in generation.values()
+        )

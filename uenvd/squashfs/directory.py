@@ -113,7 +113,7 @@ class Directories:
             return _Segments([], [0], [])
         if not directory.index_count:
             return _Segments([b""], [0, size], [place])
-        cached = self._index_cache.get(directory.ref, directory.index_count)
+        cached = self._index_cache.get(directory.ref)
         if cached is None:
             cached = self._read_index(directory, size, place)
             self._index_cache.put(directory.ref, cached, directory.index_count)
@@ -145,7 +145,7 @@ class Directories:
 
     def _segment(self, directory: Inode, segments: _Segments, i: int) -> _Entries:
         key = (directory.ref, i)
-        entries = self._segment_cache.get(key, MAX_RUN_ENTRIES)
+        entries = self._segment_cache.get(key)
         if entries is not None:
             return entries
         size = segments.starts[i + 1] - segments.starts[i]

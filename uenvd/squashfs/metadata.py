@@ -54,7 +54,7 @@ class MetadataStore:
 
         Raises `FormatError` when the block is not wholly inside ``region`` or is damaged.
         """
-        entry = self._cache.get(pos, MAX_STORED_BYTES)
+        entry = self._cache.get(pos)
         if entry is None:
             if not region.start <= pos < region.end - HEADER_BYTES:
                 raise damaged(

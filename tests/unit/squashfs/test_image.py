@@ -148,18 +148,22 @@ def test_a_compressor_that_is_not_supported_is_named(
 def test_an_image_that_was_appended_to(small_tree: Tree, tmp_path: Path) -> None:
     tree, expected = small_tree
     out = make_image(tree, tmp_path / "image")
-    make_image(tree / "modes", out, append=True, extra=["-root-becomes", "was/here"])
+    make_image(tree / "modes", out, append=True, extra=["-root-becomes", "before"])
     actual = read_image(out)
-    below = {
-        path: replace(node, same_as=b"")
-        for path, node in expected.items()
-        if node.kind != "d" and path.startswith((b"names/", b"sizes/"))
+    before = {path: replace(node, same_as=b"") for path, node in expected.items() if path != b"."}
+    inside = {
+        path[7:]: replace(node, same_as=b"") for path, node in actual.items() if path.startswith(b"before/")
     }
-    assert below
-    assert not differences({b"was/here/" + path: node for path, node in below.items()}, {
-        path: replace(node, same_as=b"") for path, node in actual.items() if node.kind != "d" and path.startswith((b"was/here/names/", b"was/here/sizes/"))
-    })  # fmt: skip
+    assert not differences(before, inside)
     assert actual[b"0600"].content == expected[b"modes/0600"].content
+
+
+def test_a_name_with_a_slash_by_mksquashfs_is_refused(small_tree: Tree, tmp_path: Path) -> None:
+    out = make_image(small_tree[0] / "modes", tmp_path / "image")
+    make_image(small_tree[0] / "names", out, append=True, extra=["-root-becomes", "a/b"])
+    image = open_image(out)
+    with pytest.raises(FormatError, match="forbidden name b'a/b'"):
+        list(image.entries(image.inode(image.root)))
 
 
 class TestWholeTree:

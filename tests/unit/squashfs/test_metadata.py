@@ -110,7 +110,7 @@ def test_a_cached_block_is_not_read_again_and_the_cache_is_bounded() -> None:
         store.block(region, block * 8194)
         store.block(region, 0)
     assert len(reads) == 100
-    assert len(store._cache) <= 12
+    assert store._cache.weight() <= 12 * 8500
 
 
 def test_the_cache_keeps_what_is_used_and_stays_small() -> None:
@@ -119,9 +119,19 @@ def test_the_cache_keeps_what_is_used_and_stays_small() -> None:
     for i in range(1000):
         cache.put(i, i)
         assert cache.get(-1) == 1
-        assert len(cache) <= 102
+        assert cache.weight() <= 102
     assert cache.get(999) == 999
     assert cache.get(5) is None
+
+
+def test_the_cache_stays_small_with_entries_larger_than_itself() -> None:
+    cache: GenerationCache[int, int] = GenerationCache(100)
+    rng = random.Random(3)
+    for i in range(3000):
+        cache.put(i, i, rng.choice((1, 5, 300)))
+        for back in range(1, 6):
+            cache.get(i - back)
+        assert cache.weight() <= 100 + 2 * 300
 
 
 def test_the_cache_survives_threads() -> None:
