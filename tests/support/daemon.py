@@ -78,12 +78,14 @@ class Daemon:
     system: str = "demo"
     extra: str = ""
     """Further lines of the configuration."""
+    control: Path | None = None
+    """The control socket, if not in ``workdir``."""
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
     def socket_path(self) -> Path:
         """The control socket."""
-        return self.workdir / "run" / "control"
+        return self.control or self.workdir / "run" / "control"
 
     @property
     def cache(self) -> Path:

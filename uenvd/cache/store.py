@@ -84,10 +84,10 @@ class Store:
 
     def _sweep(self) -> None:
         for part in self._partial.glob("*.part"):
-            stale = (self._blobs / part.stem).exists() or time.time() - part.stat().st_mtime > PART_KEPT_S
-            if stale:
-                with suppress(OSError), _exclusive(part):
-                    part.unlink()
+            with suppress(OSError, InUse):
+                if (self._blobs / part.stem).exists() or time.time() - part.stat().st_mtime > PART_KEPT_S:
+                    with _exclusive(part):
+                        part.unlink()
         for directory in (self.root, self._blobs, self._images, self.root / "registry"):
             for leftover in directory.glob(".*.tmp"):
                 # A writer renames within seconds.

@@ -17,6 +17,7 @@ import socket
 import stat
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pyfuse3
 import trio
@@ -106,7 +107,8 @@ def supervised(channel: socket.socket) -> int:
             notes: list[str] = []
             report = WorkerReport(meta=read_meta(tree, notes), notes=tuple(notes))
             faults = Faults(name)
-            session(Operations(tree, faults), f"/dev/fd/{descriptors['fuse']}", {"default_permissions"})
+            fuse = descriptors["fuse"]
+            session(Operations(tree, faults), f"/dev/fd/{fuse}", {"default_permissions"}, fuse)
         except UenvError:
             raise
         except OSError as error:
@@ -150,18 +152,24 @@ def _prepare(channel: socket.socket, setup: WorkerSetup, descriptors: dict[str, 
     return tree, setup.name
 
 
-def session(operations: Operations, mountpoint: str, options: set[str]) -> None:
+def session(operations: Operations, mountpoint: str, options: set[str], device_fd: int | None = None) -> None:
     """Begin the one libfuse session of this process. Raises `WorkerFailed`; libfuse has said why on stderr."""
     try:
         pyfuse3.init(operations, mountpoint, options)
     except RuntimeError as error:
         raise WorkerFailed(f"libfuse cannot serve {mountpoint}: {error}") from error
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
-                operations.watch(int(name))
+    operations.watch(_device() if device_fd is None else device_fd)
     gc.collect()
     gc.freeze()
+
+
+def _device() -> int:
+    """Return the descriptor of ``/dev/fuse`` that libfuse opened, which it does not tell. Raises `WorkerFailed`."""
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            if str(link.readlink()) == "/dev/fuse":
+                return int(link.name)
+    raise WorkerFailed("libfuse has opened no /dev/fuse")
 
 
 def _report(channel: socket.socket, report: WorkerReport) -> None:

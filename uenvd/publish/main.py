@@ -220,3 +220,7 @@ def _say(text: str) -> None:
         print(clean, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         return
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,6 +13,7 @@ import struct
 from array import array
 from dataclasses import dataclass
 
+from uenvd.errors import FormatError
 from uenvd.squashfs.base import GenerationCache, damaged
 from uenvd.squashfs.inode import Inode
 from uenvd.squashfs.metadata import Cursor, MetadataStore, Region
@@ -21,8 +22,11 @@ from uenvd.squashfs.tables import BLOCK_UNCOMPRESSED
 
 _STRIDE = 512
 _MAX_CHECKPOINTS = 4096
-"""Per file: 64 KiB of memory, 2 million blocks. Reads beyond go on from the last one."""
+"""Per file: 96 KiB of memory, 2 million blocks. Reads beyond go on from the last one."""
 _CACHED_FILES = 64
+MAX_LISTED_BLOCKS = 1 << 27
+"""Of one file: 16 TiB in blocks of 128 KiB, the largest file of ext4. The list of a file that is all holes compresses a thousandfold, so
+the image's size hardly bounds the time to walk it; this does, to a few seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,10 @@ class BlockLists:
 
         Raises `FormatError` when the list leaves the inode table or a block the data area.
         """
+        if listed_blocks(inode, self._block_size_bytes) > MAX_LISTED_BLOCKS:
+            raise FormatError(
+                f"a file of {inode.size_bytes} bytes in the squashfs image has more than {MAX_LISTED_BLOCKS} blocks"
+            )
         if 4 * (first + count) > self._inodes.decoded_bound_bytes():
             raise damaged(f"file {inode.ref:#x} of {inode.size_bytes} bytes: its block list cannot fit")
         index, pos, cursor = self._nearest(inode, first)
@@ -106,19 +114,17 @@ class BlockLists:
 
     def _nearest(self, inode: Inode, first: int) -> tuple[int, int, Cursor]:
         """Return (index of a block at or before ``first``, its position, a cursor at its size): less than `_STRIDE` blocks before."""
-        index, pos = 0, inode.data_pos
-        cursor = Cursor(self._store, self._inodes, inode.content_block, inode.content_offset)
+        pos, block, offset = inode.data_pos, inode.content_block, inode.content_offset
         wanted = min(first // _STRIDE, _MAX_CHECKPOINTS)
         if wanted == 0:
-            return index, pos, cursor
-        key = (inode.content_block, inode.content_offset)
+            return 0, pos, Cursor(self._store, self._inodes, block, offset)
+        key = (block, offset)
         # Flat triples: position of the block, then place of its size. Replaced as a whole, so that threads never see half of one.
-        known = self._checkpoints.get(key)
-        points = array("Q", known or ())
-        if points:
-            index = min(wanted, len(points) // 3)
+        points = array("Q", self._checkpoints.get(key) or ())
+        index = min(wanted, len(points) // 3)
+        if index:
             pos, block, offset = points[3 * index - 3 : 3 * index]
-            cursor = Cursor(self._store, self._inodes, block, offset)
+        cursor = Cursor(self._store, self._inodes, block, offset)
         if index < wanted:
             for _ in range(index, wanted):
                 pos = self._sum(cursor, _STRIDE, pos)

@@ -91,7 +91,7 @@ def test_a_file_whose_size_is_whole_blocks_may_name_a_fragment() -> None:
         (4096, [4096], 0xFFFF_FFFF, "outside of the data"),
         (8192, [4096, RAW | 4096], 96, "outside of the data"),
         (8192, [4096], 96, "inode table"),
-        (0xFFFF_FFFF, [], 96, "cannot fit"),
+        (0xFFFF_F000, [], 96, "cannot fit"),
     ],
 )
 def test_damaged_block_lists(size: int, words: list[int], start: int, text: str) -> None:
@@ -163,6 +163,14 @@ def test_wrong_arguments_are_our_fault() -> None:
     for offset, size in ((-1, 1), (0, -1)):
         with pytest.raises(InternalError):
             image.spans(file, offset, size)
+
+
+def test_a_file_of_more_blocks_than_can_be_walked_is_refused() -> None:
+    raw = RawImage()
+    raw.inode(FILE + 7, 1, struct.pack("<QQQIIII", 96, (1 << 39) + 1, 0, 1, NONE, 0, NONE))
+    image, file = raw.open_root()
+    with pytest.raises(FormatError, match="more than 134217728 blocks"):
+        image.spans(file, 0, 1)
 
 
 def test_read_file_has_a_limit() -> None:
