@@ -19,6 +19,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #define FIRST_PROGRESS_MS 1000
@@ -214,19 +215,27 @@ static void print_progress(void *context, const struct progress *progress)
     free(text);
 }
 
-/* While a task waits, the signals that end it must: slurmstepd blocks some of them and handles others. */
+/*
+ * While a task waits, the signals that end it must. slurmstepd blocks some of them and handles others; and Slurm's proctrack/linuxproc
+ * signals no process whose name is "slurmstepd", not even with SIGKILL (_kill_proclist), which a task is until it execs.
+ */
+#define WAITING_NAME "uenv-wait"
 static const int ending_signals[] = {SIGTERM, SIGINT, SIGHUP, SIGQUIT};
 #define ENDING_COUNT (sizeof ending_signals / sizeof *ending_signals)
 
-struct saved_signals {
+struct before_waiting {
     sigset_t mask;
     struct sigaction actions[ENDING_COUNT];
+    char name[16]; /* TASK_COMM_LEN, include/linux/sched.h */
 };
 
-static void signals_default(struct saved_signals *saved)
+static void become_killable(struct before_waiting *saved)
 {
     struct sigaction standard = {.sa_handler = SIG_DFL};
     sigset_t ending;
+    if (prctl(PR_GET_NAME, saved->name) < 0)
+        saved->name[0] = '\0';
+    prctl(PR_SET_NAME, WAITING_NAME);
     sigemptyset(&ending);
     for (size_t i = 0; i < ENDING_COUNT; i++) {
         sigaction(ending_signals[i], &standard, &saved->actions[i]);
@@ -235,11 +244,13 @@ static void signals_default(struct saved_signals *saved)
     pthread_sigmask(SIG_UNBLOCK, &ending, &saved->mask);
 }
 
-static void signals_restore(const struct saved_signals *saved)
+static void become_task_again(const struct before_waiting *saved)
 {
     pthread_sigmask(SIG_SETMASK, &saved->mask, NULL);
     for (size_t i = 0; i < ENDING_COUNT; i++)
         sigaction(ending_signals[i], &saved->actions[i], NULL);
+    if (saved->name[0])
+        prctl(PR_SET_NAME, saved->name);
 }
 
 static bool wait_for_bytes(const struct plugin *plugin, const char *node, struct failure *failure)
@@ -250,11 +261,11 @@ static bool wait_for_bytes(const struct plugin *plugin, const char *node, struct
     struct progress_lines lines = {.node = node, .start_ms = clock_ms()};
     struct patience patience = {.silence_ms = plugin->settings.silence_ms};
     struct reply reply = REPLY_NONE;
-    struct saved_signals saved;
-    signals_default(&saved);
+    struct before_waiting saved;
+    become_killable(&saved);
     bool fine = exchange(&step.waiter, &plugin->settings, &request, patience, print_progress, &lines, &reply, failure) &&
                 reply_env_ops(&reply, &step.ops, failure);
-    signals_restore(&saved);
+    become_task_again(&saved);
     if (fine && node)
         report_notes(node, &reply);
     reply_free(&reply);

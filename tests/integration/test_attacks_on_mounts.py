@@ -265,6 +265,20 @@ def test_worker_cannot_be_traced_by_its_own_uid(daemon: MiniDaemon, image: Path)
     assert run_as(NOBODY, code).stdout == f"{errno.EACCES}\n" * 3
 
 
+def test_worker_has_no_rights(daemon: MiniDaemon, image: Path) -> None:
+    pid = daemon.add("a", image, uid=NOBODY)["pid"]
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    assert status["Uid"].split() == status["Gid"].split() == [str(NOBODY)] * 4
+    assert status["Groups"].strip() == ""
+    assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+    assert status["NoNewPrivs"] == "1"
+    assert status["Seccomp"] == "2"
+    opened = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    assert opened - {"/dev/null"} >= {"/dev/fuse", str(image)}
+    assert not {name for name in opened if name.startswith("mnt:")}
+    assert os.stat(f"/proc/{pid}/ns/mnt").st_ino == os.stat("/proc/self/ns/mnt").st_ino
+
+
 def test_mounts_module_closes_what_it_opens() -> None:
     before = set(os.listdir("/proc/self/fd"))
     fuse = mounts.open_fuse_device()

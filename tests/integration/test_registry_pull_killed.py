@@ -167,7 +167,7 @@ def test_a_lease_outlives_the_process_that_took_it(store: Store) -> None:
     taker = (
         "import os, sys, subprocess; from pathlib import Path; from uenvd.cache.store import Store\n"
         "fd = Store(Path(sys.argv[1])).open(sys.argv[2])\n"
-        "print(subprocess.Popen(['sleep', '60'], pass_fds=[fd], stdout=subprocess.DEVNULL).pid, flush=True)\n"
+        "print(subprocess.Popen(['sleep', '60'], pass_fds=[fd], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid, flush=True)\n"
         "os._exit(0)\n"
     )
     done = subprocess.run(
@@ -235,7 +235,7 @@ def test_a_read_only_disk_is_named(small_disk: Path) -> None:
     store.prepare()
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     for call in (lambda: store.begin(LAYER), store.prepare):
-        with pytest.raises(StorageError, match="[Rr]ead-only") as caught:
+        with pytest.raises(StorageError, match=r"[Rr]ead-only") as caught:
             call()
         assert "read-only" in caught.value.hint
     assert store.images() == []

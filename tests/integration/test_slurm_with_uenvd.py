@@ -121,7 +121,12 @@ def test_without_the_option_nothing_is_there(centre: Centre) -> None:
 
 
 def test_a_batch_script_and_its_steps_have_the_same_image(centre: Centre) -> None:
-    script = f"cat {MOUNT_POINT}/word; echo; srun -N2 -n2 say; srun -N1 -n1 --view=plain bash -c 'echo $PLAIN'; srun -N1 -n1 --uenv=none ls -A {MOUNT_POINT}"
+    script = f"""
+        cat {MOUNT_POINT}/word; echo
+        srun -N2 -n2 say
+        srun -N1 -n1 --view=plain bash -c 'echo $PLAIN'
+        srun -N1 -n1 --uenv=none ls -A {MOUNT_POINT}
+    """
     state, output = centre.batch(script, "-N2", "--uenv=app/1.0", "--view=default")
     assert (state, output.split()) == ("COMPLETED", ["one", "one", "one", "yes"])
 
@@ -218,7 +223,7 @@ def test_scancel_during_a_cold_pull_frees_the_node(centre: Centre) -> None:
             (job,) = centre.cluster.jobs()
             begin = time.monotonic()
             centre.cluster.scancel(str(job))
-            assert poll(lambda: centre.cluster.node_states()["node1"] == "idle", 5)
+            assert poll(lambda: centre.cluster.node_states()["node1"] == "idle", 5), centre.cluster.logs()
             assert time.monotonic() - begin <= 2
             output, _errors = srun.communicate(timeout=10)
             assert srun.returncode != 0

@@ -95,7 +95,7 @@ def test_mounts_in_the_background_and_unmounts(place: Path, who: str) -> None:
     assert not is_mounted(place / "m")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_unmounts(place: Path, number: signal.Signals) -> None:
     with served(place / "i", place / "m") as process:
         busy = os.open(place / "m" / "file", os.O_RDONLY)

@@ -61,7 +61,7 @@ def build_tree(
         block_sizes: files of sizes around the multiples of these are made.
         many: number of files in the directory ``many``; 5,000 give it an index.
         large_bytes: size of the file ``large``.
-        special: also what needs root: devices, other owners, ``trusted.`` and ``security.`` attributes.
+        special: also what needs root: devices, other owners, a file nobody may read, ``trusted.`` and ``security.`` attributes.
     """
     directory.mkdir(parents=True)
     root = os.fsencode(directory)
@@ -110,7 +110,7 @@ def build_tree(
     write(b"names/" + b"d" * 255 + b"/inside", b"inside\n")
 
     make_dir("modes")
-    for mode in (0o000, 0o600, 0o644, 0o755, 0o4755, 0o2755, 0o1644, 0o7777):
+    for mode in (0o600, 0o644, 0o755, 0o4755, 0o2755, 0o1644, 0o7777, *((0o000,) if special else ())):
         write(f"modes/{mode:04o}", b"%04o" % mode, mode)
     make_dir("modes/sticky", 0o1777)
     make_dir("modes/setgid", 0o2775)

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import itertools
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -93,7 +94,7 @@ class Plan(NamedTuple):
         files = [os.path.realpath(one.path) for one in descriptions if one.path is not None]
         for path in files:
             if files.count(path) > 1:
-                raise MountConflict(f"{path} is named twice")
+                raise MountConflict(f"{path} is named twice", hint="name it once")
         return cls(descriptions, parse_views(views) if views is not None else ())
 
     @property
@@ -208,7 +209,10 @@ def attach(parts: Iterable[Part]) -> None:
             )
     for part in ordered:
         try:
-            mounts.move_mount(part.mount_fd, os.path.realpath(part.mount))
+            target = os.path.realpath(part.mount)
+            if not stat.S_ISDIR(os.stat(target).st_mode):  # noqa: PTH116 - pathlib is slow to import
+                raise NotADirectoryError(errno.ENOTDIR, "it is no directory")
+            mounts.move_mount(part.mount_fd, target)
         except OSError as error:
             raise _attach_error(part, error) from error
         finally:

@@ -29,7 +29,7 @@ from uenvd.daemon.mounter import Mounter
 from uenvd.daemon.peer import Identity
 from uenvd.daemon.pulls import Pulls
 from uenvd.daemon.workers import Worker, WorkerPool, begin_on
-from uenvd.errors import Cancelled, InternalError, InUse, UenvError
+from uenvd.errors import Cancelled, InternalError, InUse, MountFailed, UenvError
 from uenvd.handover import WorkerSetup
 from uenvd.oci.remote import Remote
 from uenvd.views import ImageMeta
@@ -175,7 +175,14 @@ class ServedImages:
     async def clone(self, served: Served) -> int:
         """Return a descriptor of a detached mount of the image, its flags locked; the caller owns it."""
         await served.wait_for(_mounted)
-        return await self._mounter.clone(served.name)
+        try:
+            return await self._mounter.clone(served.name)
+        except MountFailed:
+            if not served.retired and served.error is None:
+                raise
+            # The image failed meanwhile and its mount is gone: that error is the news.
+            await served.wait_for(lambda served: served.state == "gone")
+            raise
 
     def _retire(self, served: Served) -> None:
         served.retired = True

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from uenvd import mounts
 from uenvd.errors import MountFailed, WorkerFailed
+from uenvd.fuse.seccomp import restrict
 
 _PR_SET_DUMPABLE = 4
 _PR_CAPBSET_DROP = 24
@@ -110,6 +111,9 @@ def confine(
         _drop_capabilities()
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)
         _prctl(_PR_SET_DUMPABLE, 0)
+        step = "restricting system calls"
+        with suppress(OSError):  # a kernel without seccomp filters: the rest holds
+            restrict()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise WorkerFailed(f"the worker could not be confined, {step}: {reason}") from error

@@ -221,7 +221,11 @@ class Operations(pyfuse3.Operations):
         return self._poll is not None and self._in_threads == 0 and not self._poll.poll(0)
 
     def watch(self, device_fd: int) -> None:
-        """Tell the descriptor of ``/dev/fuse``, to see whether requests are waiting."""
+        """Tell the descriptor of ``/dev/fuse`` that libfuse reads: to see whether requests wait, and see `_nudged`.
+
+        From the main thread; takes the handler of SIGALRM.
+        """
+        signal.signal(signal.SIGALRM, _nothing)
         self._poll = select.poll()
         self._poll.register(device_fd, select.POLLIN)
 
@@ -260,25 +264,24 @@ class Operations(pyfuse3.Operations):
         the read waits for somebody's next request, and meanwhile no thread can finish. A signal ends such a read.
         """
         self._in_threads += 1
-        if self._in_threads == 1:
+        if self._in_threads == 1 and self._poll is not None:
             signal.setitimer(signal.ITIMER_REAL, _NUDGE_S, _NUDGE_S)
         try:
             yield
         finally:
             self._in_threads -= 1
-            if self._in_threads == 0:
+            if self._in_threads == 0 and self._poll is not None:
                 signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 async def serve(*, terminate_on_signal: bool) -> None:
-    """Answer requests until the kernel ends the session, or until SIGTERM or SIGINT where that is wanted.
+    """Answer requests until the kernel ends the session, or until SIGTERM, SIGINT or SIGHUP where that is wanted.
 
-    `pyfuse3.init` was called before. Must run in the main thread; sets the handler of SIGALRM.
+    `pyfuse3.init` was called before. Must run in the main thread.
     """
     logging.getLogger("pyfuse3").setLevel(
         logging.CRITICAL
     )  # a reply to a request that was interrupted is no news
-    signal.signal(signal.SIGALRM, _nothing)
     async with trio.open_nursery() as nursery:
         if terminate_on_signal:
             await nursery.start(_terminate_on_signal)
@@ -291,7 +294,7 @@ def _nothing(_number: int, _frame: object) -> None:
 
 
 async def _terminate_on_signal(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started()
         async for _number in signals:
             pyfuse3.terminate()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ import pyfuse3
 import trio
 
 from uenvd import __version__
-from uenvd.errors import MountPointError, ResourceMissing, UenvError, UsageError, WorkerFailed
+from uenvd.errors import InternalError, MountPointError, ResourceMissing, UenvError, UsageError, WorkerFailed
 from uenvd.fuse import worker
 from uenvd.fuse.faults import Faults
 from uenvd.fuse.pyfuse3_ops import Operations, serve
@@ -28,7 +27,7 @@ usage: uenvd-fs IMAGE MOUNTPOINT [-f] [-o OPTION[,OPTION]...]
 
 Serve a squashfs image at a directory. Ends when it is unmounted: fusermount3 -u MOUNTPOINT
 
-  -f            stay in the foreground; SIGINT and SIGTERM unmount
+  -f            stay in the foreground; SIGINT, SIGTERM and SIGHUP unmount
   -o OPTION     allow_other    other users may enter, as the permission bits say
                 offset=BYTES   where in the file the image begins
                 cache=MIB      bound of decoded blocks kept in memory (default 64)
@@ -173,6 +172,8 @@ def _mount(command: Command) -> int:
         _detach()
     try:
         trio.run(_serve)
+    except Exception as error:
+        raise InternalError(f"serving {command.image} ended: {error}") from error
     finally:
         pyfuse3.close(unmount=True)
     return 0
@@ -185,7 +186,6 @@ async def _serve() -> None:
 def _detach() -> None:
     """Leave the terminal and the caller's directory, as a daemon does. stderr is kept until now for libfuse's words."""
     os.setsid()
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     os.chdir("/")
     null = os.open("/dev/null", os.O_RDWR)
     for descriptor in (0, 1, 2):

@@ -34,7 +34,7 @@ from uenvd.errors import (
 from uenvd.fuse.confine import confine
 from uenvd.fuse.faults import Faults
 from uenvd.fuse.pyfuse3_ops import Operations, serve
-from uenvd.fuse.tree import Tree
+from uenvd.fuse.tree import ROOT_INO, Tree
 from uenvd.handover import WorkerReport, WorkerSetup, receive_setup
 from uenvd.squashfs import Kind
 from uenvd.views import MAX_FILE_BYTES, ImageMeta, read_image_meta
@@ -71,7 +71,8 @@ def open_tree(
             image_fd, mask_privileged=mask_privileged, cache_bytes=cache_bytes, offset_bytes=offset_bytes
         )
         tree.prefetch_metadata()
-        tree.attributes(1)
+        if tree.inode(ROOT_INO).kind is not Kind.DIRECTORY:
+            raise FormatError("damaged squashfs image: its root is no directory")
     except FormatError as error:
         raise FormatError(f"{name}: {error.message}", hint=error.hint) from error
     except OSError as error:
@@ -184,15 +185,15 @@ def main(argv: list[str] | None = None) -> int:
     """Console script."""
     arguments = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
-    if len(arguments) == 2 and arguments[0] == "--supervised" and arguments[1].isdecimal():
-        with socket.socket(fileno=int(arguments[1])) as channel:
-            try:
+    try:
+        if len(arguments) == 2 and arguments[0] == "--supervised" and arguments[1].isdecimal():
+            with socket.socket(fileno=int(arguments[1])) as channel:
                 return supervised(channel)
-            except KeyboardInterrupt:
-                return 130
-    from uenvd.fuse.standalone import run  # not needed by a supervised worker
+        from uenvd.fuse.standalone import run  # a supervised worker does without
 
-    return run(arguments)
+        return run(arguments)
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ class SlowTree(Tree):
         self.parts: list[Span] = []
         self.error: Exception | None = None
 
-    def peek(self, span: Span) -> Part | None:
-        return self.blocks.get(span.block) and super().peek(span)
+    def peek(self, span: Span, inline_bytes: int = 0) -> Part | None:
+        return super().peek(span, inline_bytes) if inline_bytes or self.blocks.get(span.block) else None
 
     def part(self, span: Span) -> Part:
         self.parts.append(span)
@@ -129,23 +129,46 @@ async def test_only_fuse_errors_get_out(tree: SlowTree, error: Exception, number
     assert len(await operations.read(ino(tree, b"f"), 0, 40_960)) == 40_960, "a fault does not stay"
 
 
-async def test_a_blocked_read_of_the_device_is_interrupted_while_threads_work(tree: SlowTree) -> None:
+@pytest.fixture
+def device() -> Iterator[tuple[int, int]]:
+    """A pipe in the place of /dev/fuse: what its second end gets are requests that wait."""
+    before = signal.getsignal(signal.SIGALRM)
+    reader, writer = os.pipe()
+    yield reader, writer
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+    os.close(reader)
+    os.close(writer)
+
+
+async def test_a_blocked_read_of_the_device_is_interrupted_while_threads_work(
+    tree: SlowTree, device: tuple[int, int]
+) -> None:
     """See `Operations._nudged`: a signal comes again and again, and only then."""
     caught: list[int] = []
-    before = signal.signal(signal.SIGALRM, lambda number, _frame: caught.append(number))
-    try:
-        operations = Operations(tree, Faults("x"))
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(operations.read, ino(tree, b"f"), 0, 40_960)
-            await wait_for_threads(tree, 1)
-            assert signal.getitimer(signal.ITIMER_REAL)[1] > 0
-            with trio.fail_after(10):
-                while len(caught) < 2:
-                    await trio.sleep(0.01)
-            tree.gate.set()
-        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-    finally:
-        signal.signal(signal.SIGALRM, before)
+    operations = Operations(tree, Faults("x"))
+    operations.watch(device[0])
+    signal.signal(signal.SIGALRM, lambda number, _frame: caught.append(number))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(operations.read, ino(tree, b"f"), 0, 40_960)
+        await wait_for_threads(tree, 1)
+        assert signal.getitimer(signal.ITIMER_REAL)[1] > 0
+        with trio.fail_after(10):
+            while len(caught) < 2:
+                await trio.sleep(0.01)
+        tree.gate.set()
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+async def test_a_lone_request_needs_no_thread(tree: SlowTree, device: tuple[int, int]) -> None:
+    tree.gate.set()
+    operations = Operations(tree, Faults("x"))
+    operations.watch(device[0])
+    assert bytes(await operations.read(ino(tree, b"a"), 0, 1000)) == b"a" * 1000
+    assert tree.parts == []
+    os.write(device[1], b"somebody waits")
+    assert len(await operations.read(ino(tree, b"f"), 0, 4096)) == 4096
+    assert len(tree.parts) == 1
 
 
 async def test_absent_names_are_answers_that_the_kernel_may_keep(tree: SlowTree) -> None:

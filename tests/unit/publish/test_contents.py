@@ -71,7 +71,7 @@ def test_without_metadata(tmp_path: Path) -> None:
 def test_what_is_no_squashfs(tmp_path: Path) -> None:
     image = squash(tmp_path, {"bin/tool": elf(62)})
     cut = tmp_path / "cut"
-    cut.write_bytes(image.read_bytes()[:2000])
+    cut.write_bytes(image.read_bytes()[:200])
     text = tmp_path / "text"
     text.write_bytes(b"hello" * 100)
     for path in (cut, text):

@@ -70,14 +70,16 @@ def test_same_tree_as_the_source_and_as_unsquashfs(
     out = make_image(tree, tmp_path / "image", compressor=compressor, block_size=block_size)
     actual = read_image(out)
     assert not differences(expected, actual)
-    assert not differences(scan(extract(out, tmp_path / "extracted")), actual)
+    if SPECIAL:  # unsquashfs restores setuid and setgid bits for root only
+        assert not differences(scan(extract(out, tmp_path / "extracted")), actual)
 
 
 def test_same_whole_tree(whole_tree: Tree, tmp_path: Path) -> None:
     out = make_image(whole_tree[0], tmp_path / "image", block_size=1 << 20)
     actual = read_image(out)
     assert not differences(whole_tree[1], actual)
-    assert not differences(scan(extract(out, tmp_path / "extracted")), actual)
+    if SPECIAL:  # unsquashfs restores setuid and setgid bits for root only
+        assert not differences(scan(extract(out, tmp_path / "extracted")), actual)
 
 
 OPTIONS = {
