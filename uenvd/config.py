@@ -16,7 +16,7 @@ from typing import Final, NoReturn, TypeVar
 
 import yaml
 
-from uenvd.errors import ConfigError
+from uenvd.errors import ConfigError, UenvError
 
 DEFAULT_PATH: Final = Path("/etc/uenvd/config.yaml")
 
@@ -83,8 +83,11 @@ class Config:
         return platform.machine()
 
 
-def load(path: Path) -> Config:
-    """Read and check a configuration file. Raises `ConfigError`."""
+def load(path: Path, check_registry: Callable[[str], object] = str) -> Config:
+    """Read and check a configuration file; ``check_registry`` raises an error of the tree for an address that is none.
+
+    Raises `ConfigError`.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -93,10 +96,10 @@ def load(path: Path) -> Config:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    return parse(text, str(path))
+    return parse(text, str(path), check_registry)
 
 
-def parse(text: str, name: str) -> Config:
+def parse(text: str, name: str, check_registry: Callable[[str], object] = str) -> Config:
     """Check a configuration text; ``name`` is the file's name for messages. Raises `ConfigError`."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -109,12 +112,21 @@ def parse(text: str, name: str) -> Config:
     registry_node = top.node("registry")
     if registry_node is None:
         top.fail("registry", "is missing", hint="for example  registry: oci-layout:/var/lib/uenvd/registry")
+
+    def address(node: yaml.Node) -> str:
+        url = _text(node)
+        try:
+            check_registry(url)
+        except UenvError as error:
+            raise ValueError(error.message) from error
+        return url
+
     if isinstance(registry_node, yaml.ScalarNode):
-        registry = RegistryConfig(url=top.take("registry", _text, ""))
+        registry = RegistryConfig(url=top.take("registry", address, ""))
     else:
         section = top.section("registry")
         registry = RegistryConfig(
-            url=section.need("url", _text),
+            url=section.need("url", address),
             ca_file=section.take("ca_file", _path, None),
             auth_file=section.take("auth_file", _path, None),
             timeout_s=section.take("timeout", _seconds, 30.0),

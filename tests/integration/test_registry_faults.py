@@ -1,6 +1,7 @@
 """What registries, proxies and networks do wrong: each is one clear error in bounded time, or is survived."""
 
 import itertools
+import contextlib
 import json
 import os
 import socket
@@ -25,6 +26,7 @@ from uenvd.errors import (
     RegistryError,
     RegistryUnreachable,
     UenvError,
+    UsageError,
 )
 from uenvd.oci import transport
 from uenvd.oci.credentials import Credential
@@ -514,6 +516,96 @@ def test_a_registry_that_limits_uploads(fake: FakeRegistry, remote: Remote) -> N
     with pytest.raises(RegistryError) as caught:
         remote.push_bytes(REPOSITORY, b"x", "x")
     assert "limit" in caught.value.hint
+
+
+def test_a_file_that_shrinks_during_the_upload(fake: FakeRegistry, remote: Remote, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2_000_000))
+
+    def shrink(done_bytes: int, _total_bytes: int) -> None:
+        if done_bytes < 1_000_000:
+            path.write_bytes(b"")
+
+    with pytest.raises(UsageError, match="shorter"):
+        remote.push_blob(REPOSITORY, path, Descriptor("x", digest_of(bytes(2_000_000)), 2_000_000), shrink)
+    with pytest.raises(UsageError, match="No such file"):
+        remote.push_blob(REPOSITORY, tmp_path / "none", Descriptor("x", digest_of(b""), 0))
+
+
+# --- proxies --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_proxy_for_plain_http(fake: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake takes absolute addresses too, as a proxy gets them."""
+    monkeypatch.setenv("http_proxy", fake.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert open_remote(parse_registry("http://registry.invalid")).tags(REPOSITORY) == ["v1"]
+    assert fake.seen[-1].path.startswith("http://registry.invalid/v2/")
+    fake.spoil("/tags/", silent=True)
+    remote = open_remote(parse_registry("http://registry.invalid"))
+    with Timer() as timer, remote.deadline(0.5), pytest.raises(RegistryUnreachable):
+        remote.tags(REPOSITORY)
+    assert timer.seconds < 1
+
+
+def test_a_proxy_for_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate = make_certificate(tmp_path)
+    with FakeRegistry(tls=certificate) as fake, Tunnel() as tunnel:
+        fake.put_manifest(REPOSITORY, "v1", b"x", MANIFEST_TYPE)
+        monkeypatch.setenv("https_proxy", tunnel.url)
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        remote = open_remote(parse_registry(fake.url), ca_file=certificate[0])
+        assert remote.tags(REPOSITORY) == ["v1"]
+        assert tunnel.asked == [f"CONNECT {fake.host} HTTP/1.1"]
+        fake.spoil("/tags/", silent=True)
+        with Timer() as timer, remote.deadline(0.5), pytest.raises(RegistryUnreachable):
+            remote.tags(REPOSITORY)
+        assert timer.seconds < 1
+        remote.close()
+
+
+class Tunnel:
+    """A proxy that understands CONNECT, for one connection at a time."""
+
+    def __enter__(self) -> "Tunnel":
+        self.asked: list[str] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._open: list[socket.socket] = [self._listener]
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for each in self._open:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        self._thread.join(5)
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                request = b""
+                while b"\r\n\r\n" not in request:
+                    request += client.recv(4096)
+                self.asked.append(request.partition(b"\r\n")[0].decode())
+                host, _, port = self.asked[-1].split(" ")[1].partition(":")
+                server = socket.create_connection((host, int(port)))
+                self._open += [client, server]
+                client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                for source, target in ((client, server), (server, client)):
+                    threading.Thread(target=self._copy, args=(source, target), daemon=True).start()
+
+    @staticmethod
+    def _copy(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
 
 
 # --- referrers ------------------------------------------------------------------------------------------------------------------

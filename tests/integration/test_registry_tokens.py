@@ -1,5 +1,6 @@
 """Scoped bearer tokens: what a registry of a site, a forge or a cloud asks for."""
 
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -180,3 +181,46 @@ def test_credentials_of_a_tls_registry_go_to_no_plain_token_server(
         with pytest.raises(RegistryDenied, match="without TLS"):
             remote.tags("private/app0")
     assert fake.seen == []
+
+
+def test_a_new_login_is_noticed_without_a_restart(fake: FakeRegistry, tmp_path: Path) -> None:
+    config = tmp_path / ".docker/config.json"
+    config.parent.mkdir()
+    config.write_text(json.dumps({"auths": {fake.host: {"username": USER, "password": "old"}}}))
+    remote = client(fake)
+    with pytest.raises(RegistryDenied):
+        remote.tags("private/app0")
+    config.write_text(json.dumps({"auths": {fake.host: {"username": USER, "password": PASSWORD}}}))
+    assert remote.tags("private/app0") == ["v1"]
+
+
+def test_repositories_may_have_credentials_of_their_own(fake: FakeRegistry, tmp_path: Path) -> None:
+    config = tmp_path / ".docker/config.json"
+    config.parent.mkdir()
+    auths = {
+        f"{fake.host}/private/app0": {"username": USER, "password": PASSWORD},
+        fake.host: {"username": "bob", "password": "x"},
+    }
+    config.write_text(json.dumps({"auths": auths}))
+    remote = client(fake)
+    assert remote.tags("private/app0") == ["v1"]
+    with pytest.raises(RegistryDenied):
+        remote.tags("private/app1")
+    assert remote.tags("private/app0") == ["v1"]
+
+
+def test_a_credential_helper_is_asked_once(
+    fake: FakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helper = tmp_path / "bin/docker-credential-test"
+    helper.parent.mkdir()
+    answer = json.dumps({"Username": USER, "Secret": PASSWORD})
+    helper.write_text(f"#!/bin/sh\necho asked >> {tmp_path}/asked\necho '{answer}'\n")
+    helper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{helper.parent}:{os.environ['PATH']}")
+    (tmp_path / ".docker").mkdir()
+    (tmp_path / ".docker/config.json").write_text('{"credsStore":"test"}')
+    remote = client(fake)
+    for number in range(6):
+        assert remote.tags(f"private/app{number}") == ["v1"]
+    assert (tmp_path / "asked").read_text() == "asked\n"

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from support.cluster import poll
-from support.slurmsite import DIGEST_1, Site
+from support.slurmsite import DIGEST_1, Site, uenv_lines
 
 FREE_S = 2.0
 
@@ -100,7 +100,7 @@ def test_pull_fails(site: Site) -> None:
     site.nodes["node1"].update(waiting=True, fail={"wait": error})
     done = site.srun("-w", "node1", "-n2", "--uenv=app/1", "true")
     assert done.returncode == 1
-    assert done.stderr.startswith(
+    assert uenv_lines(done.stderr).startswith(
         f"uenv: node1: {DIGEST_1[:15]} arrived damaged\nuenv: hint: nothing was used\n"
     )
     assert done.stderr.count("arrived damaged") == 1

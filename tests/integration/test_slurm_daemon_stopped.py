@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from support.cluster import poll
-from support.slurmsite import Site, told
+from support.slurmsite import Site, told, uenv_lines
 
 LIMIT_S = 5.0
 
@@ -45,7 +45,7 @@ def test_stopped_on_the_node(site: Site) -> None:
         done = site.srun("-w", "node1", "--uenv=app/1", "true")
         assert time.monotonic() - start < LIMIT_S
         assert done.returncode == 1
-        assert done.stderr.startswith("uenv: node1: uenvd does not answer: nothing came from ")
+        assert uenv_lines(done.stderr).startswith("uenv: node1: uenvd does not answer: nothing came from ")
         assert site.cluster.wait_job(job).state == "FAILED"
     output = (site.cluster.scratch / f"slurm-{job}.out").read_text()
     assert output.startswith("uenv: node2: uenvd does not answer: ")

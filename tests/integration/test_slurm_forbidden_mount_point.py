@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.slurmsite import DIGEST_1, Site
+from support.slurmsite import DIGEST_1, Site, uenv_lines
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def owned(site: Site) -> Site:
 
 def _attempt(site: Site, place: Path) -> tuple[int, str, str]:
     done = site.srun(f"--uenv=app/1:{place}", "cat", f"{place}/hello")
-    return done.returncode, done.stdout, done.stderr
+    return done.returncode, done.stdout, uenv_lines(done.stderr)
 
 
 def _directory(path: Path, uid: int, gid: int, mode: int = 0o755) -> Path:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 
 import pytest
 
-from support.slurmsite import DIGEST_1, Site
+from support.slurmsite import DIGEST_1, Site, uenv_lines
 
 UNPULLABLE = {
     "code": "registry-unreachable",
@@ -76,7 +75,7 @@ def _run(site: Site, option: str) -> str:
     assert not marker.exists(), "a task ran without its environment"
     assert "srun: error: node1: tasks 0-1: Exited with exit code 1" in done.stderr
     assert site.cluster.node_states()["node1"] not in ("drained", "draining", "down")
-    return done.stderr
+    return uenv_lines(done.stderr)
 
 
 @pytest.mark.parametrize(("damage", "text"), CASES, ids=lambda value: getattr(value, "__name__", ""))
@@ -125,7 +124,7 @@ def test_variable_of_the_users_making_is_resolved_by_the_daemon(site: Site) -> N
     environ = {"SLURM_UENVD_IMAGES": "nope/9", "SLURM_UENVD_SPEC": "app/1"}
     done = site.srun("-w", "node1", "--uenv=app/1", "true", env=environ)
     assert done.returncode == 1
-    assert done.stderr.startswith("uenv: node1: no image matches nope/9\n")
+    assert uenv_lines(done.stderr).startswith("uenv: node1: no image matches nope/9\n")
     (asked,) = site.nodes["node1"].requests("mount")
     assert asked["uid"] == site.user.uid
 
@@ -137,5 +136,6 @@ def test_mount_point_was_removed_from_the_node(site: Site) -> None:
     finally:
         site.mount.mkdir()
     assert done.returncode == 1
-    assert done.stderr.startswith(f"uenv: node1: the mount point {site.mount} of app/1 does not exist\n")
-    shutil.rmtree(site.cluster.scratch / "ran", ignore_errors=True)
+    assert uenv_lines(done.stderr).startswith(
+        f"uenv: node1: the mount point {site.mount} of app/1 does not exist\n"
+    )

@@ -90,6 +90,11 @@ def told(result: Result) -> list[str]:
     return [line for line in result.stderr.splitlines() if not NOISE.match(line)]
 
 
+def uenv_lines(stderr: str) -> str:
+    """Return the plugin's lines; those of srun itself may come before, between or after them."""
+    return "".join(line for line in stderr.splitlines(keepends=True) if line.startswith("uenv: "))
+
+
 def _standard_state(cluster: Cluster, mount: Path, tools_mount: Path) -> State:
     def image(name: str, place: Path, **views: list[list[Any]]) -> dict[str, Any]:
         directory = cluster.dir / "images" / name.replace("/", "-")

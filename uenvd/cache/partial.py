@@ -16,6 +16,8 @@ from uenvd.oci.manifest import Descriptor
 from uenvd.oci.remote import never
 
 REREAD_BYTES: Final = 1 << 20
+FLUSH_BYTES: Final = 256 << 20
+"""How much may wait to reach the disk: then the end of a pull of many GB is no long stop."""
 
 
 class Partial:
@@ -32,6 +34,7 @@ class Partial:
         self._target = target
         self._hasher = hashlib.sha256()
         self._hashed_bytes = 0
+        self._unflushed_bytes = 0
         self._fd = _open_locked(path)
         try:
             with storage_errors(path, "continuing"):
@@ -80,6 +83,10 @@ class Partial:
         try:
             while view:
                 view = view[os.write(self._fd, view) :]
+            self._unflushed_bytes += len(data)
+            if self._unflushed_bytes >= FLUSH_BYTES:
+                os.fdatasync(self._fd)
+                self._unflushed_bytes = 0
         except OSError as error:
             failure = storage_error(error, self.path, "writing")
             if isinstance(failure, StorageFull):

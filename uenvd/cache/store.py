@@ -73,8 +73,11 @@ class Store:
     def prepare(self) -> None:
         """Create what is missing; drop what nobody will finish: parts of blobs that are here, and parts older than 7 days."""
         with storage_errors(self.root, "preparing the cache in"):
+            if not self.root.exists():
+                # Who may use which image is not for the file system to say: nobody else looks in here.
+                self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             for directory in (self._blobs, self._partial, self._images, self.root / "registry"):
-                directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+                directory.mkdir(parents=True, exist_ok=True)
             with locked(self.root / ".lock"):
                 if not (self.root / "oci-layout").exists():
                     write_atomically(self.root / "oci-layout", LAYOUT_BYTES)
@@ -184,18 +187,25 @@ class Store:
                 check_digest(config, manifest.config.digest, "the config blob")
                 self._put_bytes(manifest.config.digest, config)
             self._put_bytes(manifest.digest, manifest.raw)
-            listed = self.has(layer.digest)
+            if self._renamed(repository, manifest, layer, tag) is None:
+                return  # without the lock: a full or read-only disk does not matter here
             with locked(self.root / ".lock"):
-                before = self._record(manifest.digest)
-                record = replace(
-                    (before or Record(manifest.digest, layer, ())).named(repository, tag), listed=listed
-                )
-                if record == before:
+                record = self._renamed(repository, manifest, layer, tag)
+                if record is None:
                     return
                 if tag is not None:
                     self._take_tag(repository, tag, manifest.digest)
                 self._write_record(record)
                 self._write_index()
+
+    def _renamed(
+        self, repository: str, manifest: Manifest, layer: Descriptor, tag: str | None
+    ) -> Record | None:
+        """Return the record with the new name; None if that changes nothing."""
+        before = self._record(manifest.digest)
+        after = (before or Record(manifest.digest, layer, ())).named(repository, tag)
+        after = replace(after, listed=self.has(layer.digest))
+        return None if after == before else after
 
     def _take_tag(self, repository: str, tag: str, manifest_digest: str) -> None:
         for other in self._records():

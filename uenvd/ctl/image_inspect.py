@@ -135,24 +135,20 @@ def _shown(facts: dict[str, Any]) -> str:
             else "no, will be fetched when it is used",
         ),
     ]
-    lines = [output.table((), [(name, str(value)) for name, value in rows if value])]
     views = facts.get("views")
     if views is None:
-        lines.append(
-            "views:         not known before the image is here" if not cached else "views:         none"
-        )
+        rows.append(("views:", "none" if cached else "not known before the image is here"))
     elif not isinstance(views, list) or not all(isinstance(view, dict) for view in views):
         raise ProtocolError("uenvd's answer holds no list of views")
-    else:
-        lines.append("views:" if views else "views:         none")
+    elif not views:
+        rows.append(("views:", "none"))
+    lines = [output.table((), [(name, str(value)) for name, value in rows if value])]
+    if views:
         default = facts.get("default_view")
-        table = [
-            (
-                f"  {view.get('name')}{' (default)' if view.get('name') == default else ''}",
-                str(view.get("description") or ""),
-            )
-            for view in views
+        lines.append("views:")
+        names = [
+            f"  {view.get('name')}{' (default)' if view.get('name') == default else ''}" for view in views
         ]
-        if table:
-            lines.append(output.table((), table))
+        texts = [str(view.get("description") or "") for view in views]
+        lines.append(output.table((), list(zip(names, texts, strict=True))))
     return "\n".join(lines)

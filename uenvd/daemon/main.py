@@ -10,6 +10,7 @@ from pathlib import Path
 from uenvd import __version__
 from uenvd.config import DEFAULT_PATH, load
 from uenvd.errors import UenvError
+from uenvd.oci.reference import parse_registry
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         stream=sys.stderr,
     )
     try:
-        config = load(args.config)
+        config = load(args.config, parse_registry)
         if args.check:
             print(f"{args.config}: ok")
             return 0

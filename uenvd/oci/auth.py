@@ -27,12 +27,11 @@ _CLIENT_ID = "uenvd"
 
 
 class ScopedAuth(TokenAuth):  # type: ignore[misc]
-    """Basic and Bearer by challenge. ``scope_key`` (set by the transport, one for each thread) says what a token is for."""
+    """Basic and Bearer by challenge. The transport says with `enter` what the calling thread is about to do."""
 
     session: requests.Session
 
     def __init__(self) -> None:
-        self.credential: Credential | None = None
         self.registry = ""
         self.registry_is_https = True
         self.tls_verify: bool | str = True
@@ -42,14 +41,26 @@ class ScopedAuth(TokenAuth):  # type: ignore[misc]
         self._basic = False
         super().__init__()
 
-    @property
-    def scope_key(self) -> str:
-        """Repository and action of the calls that this thread makes."""
-        return str(getattr(self._scope, "key", ""))
+    def enter(self, scope: str, credential: Credential | None) -> None:
+        """Set, for this thread, repository and action of the calls that follow, and the credential for them."""
+        self._scope.key = scope
+        self._scope.credential = credential
 
-    @scope_key.setter
-    def scope_key(self, key: str) -> None:
-        self._scope.key = key
+    def forget(self) -> None:
+        """Drop all tokens and what was learnt about the registry."""
+        with self._lock:
+            self._tokens.clear()
+        self._basic = False
+
+    @property
+    def credential(self) -> Credential | None:
+        """The credential for the calls of this thread."""
+        found: Credential | None = getattr(self._scope, "credential", None)
+        return found
+
+    @property
+    def _scope_key(self) -> str:
+        return str(getattr(self._scope, "key", ""))
 
     @property
     def token(self) -> str | None:
@@ -57,14 +68,14 @@ class ScopedAuth(TokenAuth):  # type: ignore[misc]
         if self._basic:
             return ""
         with self._lock:
-            token, expires = self._tokens.get(self.scope_key, (None, 0.0))
+            token, expires = self._tokens.get(self._scope_key, (None, 0.0))
             return token if time.monotonic() < expires else None
 
     @token.setter
     def token(self, value: str | None) -> None:
         if value is None:
             with self._lock:
-                self._tokens.pop(self.scope_key, None)
+                self._tokens.pop(self._scope_key, None)
 
     def get_auth_header(self) -> dict[str, str]:
         """Return what to send before the registry asks."""
@@ -131,7 +142,7 @@ class ScopedAuth(TokenAuth):  # type: ignore[misc]
             float(lifetime) if isinstance(lifetime, int | float) and lifetime > 0 else _DEFAULT_TOKEN_S
         )
         with self._lock:
-            self._tokens[self.scope_key] = (token, time.monotonic() + max(_MARGIN_S, lifetime_s - _MARGIN_S))
+            self._tokens[self._scope_key] = (token, time.monotonic() + max(_MARGIN_S, lifetime_s - _MARGIN_S))
         return token
 
     def _ask(self, realm: str, service: str | None, scope: str | None) -> requests.Response:

@@ -14,8 +14,9 @@ import os
 import re
 import stat
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,22 +42,61 @@ class Credential:
         return base64.b64encode(f"{self.username}:{self.secret}".encode()).decode("ascii")
 
 
+Helper = Callable[[str, str], "Credential | None"]
+"""Asks the credential helper of a name for the credential of a server."""
+
+
+class Keyring:
+    """The credentials for one registry, each looked up once: a helper is a process. May be used by several threads."""
+
+    def __init__(self, host: str, fixed: Credential | None = None, auth_file: Path | None = None) -> None:
+        self._host = host
+        self._fixed = fixed
+        self._auth_file = auth_file
+        self._found: dict[str, Credential | None] = {}
+        self._asked: dict[tuple[str, str], Credential | None] = {}
+
+    def find(self, repository: str) -> Credential | None:
+        """Return the fixed credential, or that of `find_credential`. Raises `ConfigError`."""
+        if self._fixed is not None:
+            return self._fixed
+        if repository not in self._found:
+            found = find_credential(self._host, repository, auth_file=self._auth_file, ask=self._ask)
+            self._found[repository] = found
+            return found
+        return self._found[repository]
+
+    def forget(self) -> None:
+        """Look again the next time: somebody may have logged in anew."""
+        self._found = {}
+        self._asked = {}
+
+    def _ask(self, name: str, server: str) -> Credential | None:
+        if (name, server) not in self._asked:
+            answer = ask_helper(name, server)
+            self._asked[name, server] = answer
+            return answer
+        return self._asked[name, server]
+
+
 def find_credential(
     host: str,
     repository: str = "",
     *,
     auth_file: Path | None = None,
     environ: Mapping[str, str] | None = None,
+    ask: Helper | None = None,
 ) -> Credential | None:
     """Look up the credential for ``host[:port]`` and, more specific first, the repositories that ``repository`` lies in.
 
-    ``auth_file`` replaces the usual places. Raises `ConfigError` for a file or a helper that is there but cannot be used.
+    ``auth_file`` replaces the usual places, ``ask`` the way to ask a credential helper. Raises `ConfigError` for a file or a helper that is there but cannot be used.
     """
     environ = os.environ if environ is None else environ
+    ask = ask or partial(ask_helper, environ=environ)
     for path in [auth_file] if auth_file is not None else _usual_files(environ):
         config = _load(path, required=path == auth_file or str(path) == environ.get("REGISTRY_AUTH_FILE"))
         if config is not None:
-            found = _from_config(config, host, repository, path, environ)
+            found = _from_config(config, host, repository, path, ask)
             if found is not None:
                 return found
     return None
@@ -120,13 +160,13 @@ def _load(path: Path, *, required: bool) -> Mapping[str, Any] | None:
 
 
 def _from_config(
-    config: Mapping[str, Any], host: str, repository: str, path: Path, environ: Mapping[str, str]
+    config: Mapping[str, Any], host: str, repository: str, path: Path, ask: Helper
 ) -> Credential | None:
     helpers, auths = _object(config, "credHelpers", path), _object(config, "auths", path)
     for key in _keys(host, repository):
         helper = helpers.get(key)
         if isinstance(helper, str) and helper:
-            found = _ask_helper(helper, key, environ)
+            found = ask(helper, key)
             if found is not None:
                 return found
         entry = next((auths[name] for name in auths if _normal(name) == key), None)
@@ -136,7 +176,7 @@ def _from_config(
                 return found
     store = config.get("credsStore")
     if isinstance(store, str) and store:
-        return _ask_helper(store, host, environ)
+        return ask(store, host)
     return None
 
 
@@ -186,7 +226,7 @@ def _from_entry(entry: Mapping[str, Any], key: str, path: Path) -> Credential | 
     return None
 
 
-def _ask_helper(name: str, server: str, environ: Mapping[str, str]) -> Credential | None:
+def ask_helper(name: str, server: str, *, environ: Mapping[str, str] | None = None) -> Credential | None:
     """Run ``docker-credential-NAME get`` (docker-credential-helpers protocol); None if it knows no credential."""
     if not _HELPER_NAME.fullmatch(name):
         raise ConfigError(f"{name!r} is no valid name of a credential helper")
@@ -197,7 +237,7 @@ def _ask_helper(name: str, server: str, environ: Mapping[str, str]) -> Credentia
             input=server.encode(),
             capture_output=True,
             timeout=HELPER_TIMEOUT_S,
-            env=dict(environ),
+            env=dict(os.environ if environ is None else environ),
             check=False,
         )
     except FileNotFoundError as error:

@@ -82,6 +82,8 @@ def parse_registry(text: str) -> RegistryAddress:
         raise ConfigError(f"the address of the registry has no valid host name: {text!r}", hint=_HOW)
     if port is not None and not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
         raise ConfigError(f"the address of the registry has no valid port: {text!r}", hint=_HOW)
+    if port is not None and int(port) == (80 if scheme.lower() == "http" else 443):
+        authority = host  # as credentials and redirections name it
     prefix = prefix.strip("/")
     if prefix and not _REPOSITORY.fullmatch(prefix):
         raise ConfigError(

@@ -20,7 +20,7 @@ from uenvd.errors import (
     RegistryUnreachable,
     UenvError,
 )
-from uenvd.oci.credentials import Credential, find_credential
+from uenvd.oci.credentials import Credential, Keyring
 from uenvd.oci.manifest import (
     DOCKER_INDEX_TYPE,
     DOCKER_MANIFEST_TYPE,
@@ -73,13 +73,9 @@ class RegistryRemote:
         deadline_s: float | None = None,
     ) -> None:
         self.address = address
-
-        def look_up(repository: str) -> Credential | None:
-            return credential or find_credential(address.host, repository, auth_file=auth_file)
-
         self._http = Transport(
             address,
-            credential=look_up,
+            keyring=Keyring(address.host, credential, auth_file),
             ca_file=ca_file,
             timeout_connect_s=timeout_connect_s,
             timeout_read_s=timeout_read_s,

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import SplitResult, urljoin, urlsplit
 
 import oras.provider
 import requests
@@ -29,7 +29,7 @@ import urllib3.exceptions
 import uenvd
 from uenvd.errors import NotFound, RegistryDenied, RegistryError, RegistryUnreachable, UenvError
 from uenvd.oci.auth import ScopedAuth
-from uenvd.oci.credentials import Credential
+from uenvd.oci.credentials import Keyring
 from uenvd.oci.reference import RegistryAddress
 from uenvd.oci.remote import never
 from uenvd.oci.watch import DeadlineOver, ReadStalled, Watch, current, install, watching
@@ -123,7 +123,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
         self,
         address: RegistryAddress,
         *,
-        credential: Callable[[str], Credential | None],
+        keyring: Keyring,
         ca_file: Path | None,
         timeout_connect_s: float,
         timeout_read_s: float,
@@ -132,8 +132,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
         verify: bool | str = True if address.plain_http else _ca_bundle(ca_file)
         super().__init__(address.host, insecure=address.plain_http, tls_verify=verify, auth_backend="uenvd")
         self.address = address
-        self._find_credential = credential
-        self._credential_known = False
+        self._keyring = keyring
         self._timeout_read_s = timeout_read_s
         self._deadline_s = deadline_s
         # Without this, requests takes passwords from ~/.netrc.
@@ -157,8 +156,12 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
 
     def is_ours(self, url: str) -> bool:
         """Tell whether a URL leads to the registry itself (same scheme, host and port)."""
-        parts = urlsplit(url)
-        return f"{parts.scheme}://{parts.netloc}".lower() == self.address.base_url
+        try:
+            parts = urlsplit(url)
+            own = urlsplit(self.address.base_url)
+            return (parts.scheme, parts.hostname, _port(parts)) == (own.scheme, own.hostname, _port(own))
+        except ValueError:
+            return False
 
     @contextmanager
     def watch(self, seconds: float | None, cancelled: Callable[[], bool] = never) -> Iterator[Watch]:
@@ -245,10 +248,12 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
                 error, pause_s = failure, None
                 if attempt > 0 and _never_connected(failure):
                     raise
-            if attempt == _ATTEMPTS - 1 or (pause_s or 0.0) > _RETRY_AFTER_CAP_S:
+            if attempt == _ATTEMPTS - 1:
                 raise error
             if pause_s is None:
                 pause_s = _BACKOFF_S * 2**attempt * random.uniform(0.7, 1.3)  # noqa: S311 -- spreads clients, no secret
+            elif watch.deadline is None:
+                pause_s = min(pause_s, _RETRY_AFTER_CAP_S)
             if watch.deadline is not None and time.monotonic() + pause_s >= watch.deadline:
                 raise error
             watch.sleep(pause_s)
@@ -264,10 +269,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
                 method, url, data=data, headers=sent, stream=True, verify=self._tls_verify
             )
             return elsewhere
-        if not self._credential_known:
-            self.auth.credential = self._find_credential(scope.partition(":")[0])
-            self._credential_known = True
-        self.auth.scope_key = scope
+        self.auth.enter(scope, self._keyring.find(scope.rpartition(":")[0]))
         sent.update(self.auth.get_auth_header())
         undecorated = oras.provider.Registry.do_request.__wrapped__
         response: requests.Response = undecorated(self, url, method, data=data, headers=sent, stream=True)
@@ -313,7 +315,12 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
         except DeadlineOver:
             raise RegistryUnreachable(f"{self._host} did not answer in time ({what})") from None
         except ReadStalled as error:
-            raise RegistryUnreachable(f"{self._host}: {what}: {error.message}") from None
+            raise RegistryUnreachable(f"{self._host}: {what}: {error}") from None
+        except RegistryDenied:
+            # Somebody may log in anew or renew a token while we run: look again the next time.
+            self._keyring.forget()
+            self.auth.forget()
+            raise
         except UenvError:
             raise
         except requests.exceptions.SSLError as error:
@@ -416,6 +423,13 @@ def _ca_bundle(ca_file: Path | None) -> bool | str:
     return next((name for name in _SYSTEM_CA_FILES if Path(name).is_file()), True)
 
 
+def _port(parts: SplitResult) -> int | None:
+    return parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
 def join(reply: Reply, location: str) -> str:
-    """Resolve a Location or Link target against the URL that it came with."""
-    return urljoin(reply.url, location)
+    """Resolve a Location or Link target against the URL that it came with. Raises `RegistryError` for what is none."""
+    try:
+        return urljoin(reply.url, location)
+    except ValueError as error:
+        raise RegistryError("the registry names an address that is none") from error

@@ -32,18 +32,17 @@ class FileBody:
 
     def __iter__(self) -> Iterator[bytes]:
         done = 0
-        with self._path.open("rb") as file:
-            while done < self._size_bytes:
-                piece = file.read(min(_SEND_BYTES, self._size_bytes - done))
-                if not piece:
-                    raise _FileShrank
-                yield piece
-                done += len(piece)
-                self._progress(done, self._size_bytes)
-
-
-class _FileShrank(Exception):
-    """The file has become shorter than its descriptor says."""
+        try:
+            with self._path.open("rb") as file:
+                while done < self._size_bytes:
+                    piece = file.read(min(_SEND_BYTES, self._size_bytes - done))
+                    if not piece:
+                        raise UsageError(f"{self._path} has become shorter while it was sent")
+                    yield piece
+                    done += len(piece)
+                    self._progress(done, self._size_bytes)
+        except OSError as error:
+            raise UsageError(f"{self._path} cannot be read: {error.strerror}") from error
 
 
 def upload_file(
@@ -77,10 +76,8 @@ def _upload(http: Transport, repository: str, body: FileBody | bytes, descriptor
         except RegistryUnreachable:
             if attempt == _ATTEMPTS - 1:
                 raise
-            with http.watch(None) as watch:
+            with http.watch(None) as watch, http.errors(what):
                 watch.sleep(0.5 * 2**attempt)
-        except _FileShrank:
-            raise UsageError(f"{what}: the file has become shorter meanwhile") from None
         else:
             return
 

@@ -22,18 +22,18 @@ import urllib3.connection
 import urllib3.exceptions
 from urllib3.util.connection import create_connection
 
-from uenvd.errors import Cancelled, RegistryUnreachable
+from uenvd.errors import Cancelled
 
 TICK_S: Final = 0.2
 """How late a deadline or a cancellation may be noticed."""
 
 
-class ReadStalled(RegistryUnreachable):
-    """The peer sent nothing for the read timeout. Private to the transport, which says who the peer is."""
+class ReadStalled(Exception):
+    """The peer sent nothing for the read timeout. For the transport, which knows who the peer is."""
 
 
-class DeadlineOver(RegistryUnreachable):
-    """The time for the whole call is over. Private to the transport."""
+class DeadlineOver(Exception):
+    """The time for the whole call is over. For the transport."""
 
 
 @dataclass

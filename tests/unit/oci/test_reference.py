@@ -20,7 +20,8 @@ from uenvd.oci.reference import (
         ("r.example.org/a/b", "https://r.example.org/a/b", "https://r.example.org", "a/b"),
         ("R.Example.org:5000/", "https://r.example.org:5000", "https://r.example.org:5000", ""),
         ("http://127.0.0.1:5000/x/", "http://127.0.0.1:5000/x", "http://127.0.0.1:5000", "x"),
-        ("http://[::1]:80", "http://[::1]:80", "http://[::1]:80", ""),
+        ("http://[::1]:80", "http://[::1]", "http://[::1]", ""),
+        ("https://r.example.org:443/x", "https://r.example.org/x", "https://r.example.org", "x"),
         ("localhost/x", "https://localhost/x", "https://localhost", "x"),
     ],
 )

@@ -1,0 +1,135 @@
+"""The installed units under a real systemd: start by the first request, restart below a running session, a hung daemon, a clean end."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from support import systemd
+from support.publishing import Publisher, env_json, make_squashfs
+from support.systemd import PrivateSystemd
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+MOUNT = "/mnt"
+FILES = 400
+CONFIG = f"""\
+system: demo
+uarch: zen3
+registry: oci-layout:{{directory}}/registry
+worker: {{{{user: nobody}}}}
+mounts: {{{{points: [{MOUNT}]}}}}
+"""
+WATCHDOG = """\
+[Service]
+WatchdogSec=2s
+TimeoutAbortSec=1s
+StandardOutput=append:{directory}/uenvd.log
+StandardError=append:{directory}/uenvd.log
+"""
+
+pytestmark = pytest.mark.skipif(bool(systemd.missing()), reason=systemd.missing() or "it runs here")
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[PrivateSystemd]:
+    """A booted systemd in which only uenvd.socket was started."""
+    directory = Path(tempfile.mkdtemp(prefix="uenvd-systemd-", dir="/var/tmp"))
+    try:
+        directory.chmod(0o755)
+        installed = subprocess.run(
+            [sys.executable, str(CHECKOUT / "scripts/install_tree.py"), "--destdir", str(directory / "tree")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert installed.returncode == 0, installed.stderr
+        (directory / "tree/etc/uenvd/config.yaml").write_text(CONFIG.format(directory=directory))
+        files: dict[str, bytes | str] = {f"file{number}": f"content {number}\n" for number in range(FILES)}
+        image = make_squashfs(directory / "image.squashfs", files, meta=env_json("tools", mount=MOUNT))
+        Publisher(f"oci-layout:{directory}/registry").push(image, "tools/1", "v1")
+        dropins = {"uenvd.service": WATCHDOG.format(directory=directory)}
+        with PrivateSystemd(directory, ("uenvd.socket",), dropins) as running:
+            yield running
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def said(host: PrivateSystemd) -> str:
+    log = host.directory / "uenvd.log"
+    return f"{host.log}\n{log.read_text() if log.exists() else ''}"
+
+
+def use(host: PrivateSystemd) -> None:
+    """Run a command in the image as an ordinary user."""
+    done = host.run("uenvctl", "run", "tools/1", "--", "cat", f"{MOUNT}/file7", user="nobody")
+    assert (done.returncode, done.stdout) == (0, "content 7\n"), done.stderr + said(host)
+
+
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {what}"
+        time.sleep(0.05)
+
+
+def test_first_request_starts_the_daemon(host: PrivateSystemd) -> None:
+    host.run("systemctl", "stop", "uenvd.service")
+    assert host.show("uenvd.service", "ActiveState") == "inactive"
+    use(host)
+    assert host.show("uenvd.service", "ActiveState") == "active"
+    assert host.show("uenvd.service", "StatusText").startswith("serving demo from ")
+
+
+def test_session_survives_restart_and_sudden_death_of_the_daemon(host: PrivateSystemd) -> None:
+    use(host)
+    # Each file is read once, so that the kernel has to ask for it.
+    script = f'for i in $(seq 0 {FILES - 1}); do [ "$(cat {MOUNT}/file$i)" = "content $i" ] || exit 9; echo $i; sleep 0.02; done'
+    session = host.popen("uenvctl", "run", "tools/1", "--", "bash", "-c", script, user="nobody")
+    try:
+        assert session.stdout is not None
+        assert session.stdout.readline() == "0\n"
+        assert host.run("systemctl", "restart", "uenvd.service").returncode == 0, said(host)
+        use(host)
+        before = host.show("uenvd.service", "MainPID")
+        assert host.run("kill", "-9", before).returncode == 0
+        until(
+            lambda: host.show("uenvd.service", "MainPID") not in (before, "0"),
+            "systemd starts the daemon again",
+        )
+        use(host)
+        assert session.poll() is None, "the session ended before the daemons did"
+        output = session.communicate(timeout=60)[0]
+    finally:
+        session.kill()
+        session.wait()
+    assert (session.returncode, output.splitlines()[-1]) == (0, str(FILES - 1))
+
+
+def test_hung_daemon_is_replaced(host: PrivateSystemd) -> None:
+    use(host)
+    before = host.show("uenvd.service", "MainPID")
+    host.run("kill", "-STOP", before)
+    until(
+        lambda: host.show("uenvd.service", "MainPID") not in (before, "0"),
+        "the watchdog ends the stopped daemon",
+    )
+    use(host)
+
+
+def test_nothing_is_left_when_it_is_stopped(host: PrivateSystemd) -> None:
+    use(host)
+    assert host.run("systemctl", "stop", "uenvd.socket", "uenvd.service").returncode == 0
+    try:
+        until(lambda: "uenvd." not in host.run("ps", "-eo", "args").stdout, "all processes of the daemon end")
+        assert host.run("test", "-e", "/run/uenvd/control").returncode != 0
+        refused = host.run("uenvctl", "run", "tools/1", "--", "true", user="nobody")
+        assert refused.returncode == 78, refused.stderr
+    finally:
+        host.run("systemctl", "start", "uenvd.socket")
