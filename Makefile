@@ -42,8 +42,8 @@ check-python: # the same without the plugin
 check-plugin: # the plugin's compiler warnings and its unit tests under ASan and UBSan
 	$(MAKE) -C slurm-plugin check
 
-bench: setup ## measure
-	@$(VENV)/pytest --quiet tests/bench $(PYTEST_ARGS)
+bench: setup ## measure: serving, against squashfuse_ll and the kernel's squashfs (root)
+	@$(VENV)/python tests/bench/serving.py
 
 install: setup ## install below $(DESTDIR)$(PREFIX), units and plugin below $(DESTDIR)
 	@$(VENV)/python scripts/install_tree.py --destdir '$(DESTDIR)' --prefix '$(PREFIX)'

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from uenvd.errors import ProtocolError, UenvError, by_code
 
@@ -99,8 +98,7 @@ _OPERATIONS: Final[Mapping[str, tuple[str, ...]]] = {
 """Operation -> the fields that it needs."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A checked request: the types are right, the texts are not yet parsed."""
 
     op: str

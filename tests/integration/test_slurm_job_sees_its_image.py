@@ -111,7 +111,7 @@ def test_explicit_mount_point(site: Site) -> None:
 
 def test_batch_script_and_its_sruns(site: Site) -> None:
     state, output = site.batch(
-        f"cat {site.mount}/hello; which-app; echo $PATH; srun -n2 which-app; srun -n1 bash -c 'echo $PATH; echo $APP_LIST'",
+        f"cat {site.mount}/hello; which-app; echo $PATH; srun -n2 which-app; srun -N1 -n1 bash -c 'echo $PATH; echo $APP_LIST'",
         *("-N2", "--ntasks=2", "--uenv=app/1", "--view=default"),
     )
     lines = output.splitlines()

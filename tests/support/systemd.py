@@ -29,6 +29,7 @@ _TARGETS = (
     "final",
 )
 _START_S = 30.0
+_STOP_S = 10.0
 _COMMAND_S = 90.0
 
 Result = subprocess.CompletedProcess[str]
@@ -172,17 +173,8 @@ class PrivateSystemd:
         with self.log_path.open("ab") as log:
             self._outer = subprocess.Popen(
                 [
-                    "unshare",
-                    "--mount",
-                    "--propagation",
-                    "private",
-                    "bash",
-                    "-c",
-                    _OUTER,
-                    "bash",
-                    str(self.directory),
-                    self._group,
-                    _INNER,
+                    *("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private"),
+                    *("bash", "-c", _OUTER, "bash", str(self.directory), self._group, _INNER),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -207,10 +199,15 @@ class PrivateSystemd:
     def _stop(self) -> None:
         if self._outer is None:
             return
-        # unshare's end is that of pid 1 (--kill-child), and that is the end of the whole pid namespace.
-        with contextlib.suppress(ProcessLookupError):
+        # The end of pid 1 is that of the whole pid namespace; unshare reaps it and ends.
+        if self._pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+        try:
+            self._outer.wait(_STOP_S if self._pid else 0)
+        except subprocess.TimeoutExpired:
             os.killpg(self._outer.pid, signal.SIGKILL)
-        self._outer.wait()
+            self._outer.wait()
         self._outer = None
         remove = (
             'mount -t cgroup2 cgroup2 "$1" && for try in $(seq 100); do find "$1/$2" -depth -type d -exec rmdir {} + 2>/dev/null;'

@@ -16,6 +16,7 @@ from uenvd.errors import UenvError
 from uenvd.label import Description
 
 PROGRAM = "uenvctl"
+_RED, _CYAN = 31, 36
 _BAR_WIDTH = 24
 _FIRST_LINE_S = 1.0
 _LINE_EVERY_S = 10.0
@@ -30,14 +31,24 @@ def printable(text: str) -> str:
 
 
 def coloured(stream: Any) -> bool:  # noqa: ANN401 - a text stream
-    """Tell whether to colour what goes to this stream (https://no-color.org)."""
-    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and bool(stream.isatty())
-
-
-def say(text: str) -> None:
-    """Write one line to stderr; a stderr that is closed or full does not matter."""
+    """Tell whether to colour what goes to this stream (https://no-color.org). Colour is never the only sign of anything."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb":
+        return False
     try:
-        sys.stderr.write(printable(text) + "\n")
+        return bool(stream.isatty())
+    except (ValueError, AttributeError):  # closed or absent
+        return False
+
+
+def say(text: str, *, lead: str = "", colour: int = 0) -> None:
+    """Write one line to stderr; a stderr that is closed or full does not matter.
+
+    `lead` stands before the text, coloured with the SGR number `colour` where colours are wanted.
+    """
+    if lead:
+        lead = f"\x1b[{colour}m{lead}\x1b[0m " if colour and coloured(sys.stderr) else lead + " "
+    try:
+        sys.stderr.write(f"{lead}{printable(text)}\n")
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):
         return
@@ -45,14 +56,14 @@ def say(text: str) -> None:
 
 def note(text: str) -> None:
     """Tell the user something that is not an error."""
-    say(f"{PROGRAM}: {text}")
+    say(text, lead=f"{PROGRAM}:")
 
 
 def report(error: UenvError) -> None:
     """Write an error and its hint to stderr."""
-    say(f"{PROGRAM}: {error.message}")
+    say(error.message, lead=f"{PROGRAM}:", colour=_RED)
     if error.hint:
-        say(f"hint: {error.hint}")
+        say(error.hint, lead="hint:", colour=_CYAN)
 
 
 def mention_files(descriptions: Iterable[Description]) -> None:

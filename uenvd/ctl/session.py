@@ -173,7 +173,11 @@ def enter_namespace(client: Client | None) -> None:
                 "kernel.unprivileged_userns_clone=1)",
             ) from error
         if not _mapped_by_daemon(client):
-            mounts.map_self(uid, gid)
+            try:
+                mounts.map_self(uid, gid)
+            except MountFailed:
+                if (os.geteuid(), os.getegid()) != (uid, gid):  # else a slow daemon has done it meanwhile
+                    raise
     try:
         mounts.make_rslave("/")
     except OSError as error:

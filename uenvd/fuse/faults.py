@@ -10,7 +10,7 @@ from uenvd.errors import UenvError
 
 _log = logging.getLogger(__name__)
 _MAX_KINDS = 64
-_ANSWERS = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ESTALE})
+_ANSWERS = frozenset({errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EINVAL})
 """What a question deserves that makes no sense: nothing to log."""
 _PARTICULARS = re.compile(r"""0x[0-9a-f]+|[0-9]+|b'(?:[^'\\]|\\.)*'|b"[^"]*\"""")
 """Numbers and names in a message."""

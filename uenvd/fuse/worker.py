@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import importlib
 import logging
 import os
 import socket
@@ -40,6 +41,8 @@ from uenvd.squashfs import Kind
 from uenvd.views import MAX_FILE_BYTES, ImageMeta, read_image_meta
 
 _log = logging.getLogger("uenvd-fs")
+_DECOMPRESSORS = ("zlib", "lzma", "zstandard", "lz4.block")
+"""Loaded on demand by `uenvd.squashfs`; while a worker waits for its image is a better time."""
 
 
 def open_image(path: str) -> int:
@@ -99,6 +102,10 @@ def read_meta(tree: Tree, notes: list[str]) -> ImageMeta | None:
 
 def supervised(channel: socket.socket) -> int:
     """Wait for the setup, confine, report, serve. Returns the exit status."""
+    for module in _DECOMPRESSORS:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
     if not channel.recv(1, socket.MSG_PEEK):
         return 0
     try:
@@ -160,8 +167,6 @@ def session(operations: Operations, mountpoint: str, options: set[str], device_f
     except RuntimeError as error:
         raise WorkerFailed(f"libfuse cannot serve {mountpoint}: {error}") from error
     operations.watch(_device() if device_fd is None else device_fd)
-    gc.collect()
-    gc.freeze()
 
 
 def _device() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -35,6 +36,8 @@ class ScopedAuth(TokenAuth):  # type: ignore[misc]
         self.registry = ""
         self.registry_is_https = True
         self.tls_verify: bool | str = True
+        self.is_ours: Callable[[str], bool] = lambda _url: False
+        """Tells whether a URL leads to the registry itself, and not where it redirects to."""
         self._scope = threading.local()
         self._lock = threading.Lock()
         self._tokens: dict[str, tuple[str, float]] = {}
@@ -90,6 +93,11 @@ class ScopedAuth(TokenAuth):  # type: ignore[misc]
         self, original: requests.Response, headers: dict[str, str], refresh: bool = False
     ) -> tuple[dict[str, str], bool]:
         """Answer the challenge of a 401 or 403. Raises `RegistryDenied` where there is no better answer than the one sent."""
+        if not self.is_ours(original.url or ""):
+            # A signature that expired, or worse; whatever it says, our credentials are not for it.
+            raise RegistryUnreachable(
+                f"the storage that the registry {self.registry} redirects to refuses the transfer ({original.status_code})"
+            )
         challenge = original.headers.get("Www-Authenticate", "")
         sent = original.request.headers.get("Authorization", "")
         headers = dict(headers or {})

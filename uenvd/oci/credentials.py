@@ -89,7 +89,8 @@ def find_credential(
 ) -> Credential | None:
     """Look up the credential for ``host[:port]`` and, more specific first, the repositories that ``repository`` lies in.
 
-    ``auth_file`` replaces the usual places, ``ask`` the way to ask a credential helper. Raises `ConfigError` for a file or a helper that is there but cannot be used.
+    ``auth_file`` replaces the usual places, ``ask`` the way to ask a credential helper. Raises `ConfigError` for a file or a helper
+    that is there but cannot be used.
     """
     environ = os.environ if environ is None else environ
     ask = ask or partial(ask_helper, environ=environ)

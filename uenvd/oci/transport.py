@@ -147,6 +147,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
         self.session.mount("https://", adapter)
         self.session.mount("http://", adapter)
         self.auth.registry = address.host
+        self.auth.is_ours = self.is_ours
         self.auth.registry_is_https = not address.plain_http
         self.auth.tls_verify = verify
 
@@ -282,12 +283,17 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
         while True:
             piece = response.raw.read1(PIECE_BYTES, decode_content=False)
             if not piece:
-                return bytes(data)
+                break
             data += piece
             if len(data) > limit_bytes:
                 raise RegistryError(
                     f"{self._host}: {what} has more than the {limit_bytes} bytes that are allowed"
                 )
+        announced = response.headers.get("Content-Length", "")
+        if response.request.method != "HEAD" and announced.isdigit() and int(announced[:19]) != len(data):
+            # Not every version of urllib3 says so itself.
+            raise urllib3.exceptions.ProtocolError("the body is shorter than announced")
+        return bytes(data)
 
     def _refusal(self, response: requests.Response, what: str) -> Exception:
         status = response.status_code

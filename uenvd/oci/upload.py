@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
 from uenvd.errors import DigestMismatch, NotFound, RegistryError, RegistryUnreachable, UsageError
 from uenvd.oci.manifest import Descriptor
-from uenvd.oci.remote import Progress, no_progress
+from uenvd.oci.remote import Progress
 from uenvd.oci.transport import Reply, Transport, join
 
 _ATTEMPTS: Final = 3
@@ -145,6 +145,3 @@ def _closing_url(opened: Reply, digest: str) -> str:
     parts = urlsplit(join(opened, location))
     query = "&".join(filter(None, [parts.query, urlencode({"digest": digest}, quote_via=quote)]))
     return urlunsplit(parts._replace(query=query))
-
-
-__all__ = ["FileBody", "no_progress", "upload_bytes", "upload_file"]

@@ -68,6 +68,22 @@ def test_errors_and_hints_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> No
     assert captured.err == "uenvctl: no view? 'x'\nsecond line\nhint: available: y\nuenvctl: bare\n"
 
 
+def test_colour_only_on_a_terminal_that_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(**environ: str) -> str:
+        stream = Terminal()
+        monkeypatch.setattr("sys.stderr", stream)
+        for name in ("NO_COLOR", "TERM"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        output.report(UnknownView("what", hint="do"))
+        return stream.getvalue()
+
+    assert shown(TERM="xterm") == "\x1b[31muenvctl:\x1b[0m what\n\x1b[36mhint:\x1b[0m do\n"
+    for environ in ({"TERM": "xterm", "NO_COLOR": "1"}, {"TERM": "dumb"}, {}):
+        assert shown(**environ) == "uenvctl: what\nhint: do\n"
+
+
 def test_a_closed_stderr_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     for stream in (None, Broken()):
         monkeypatch.setattr("sys.stderr", stream)

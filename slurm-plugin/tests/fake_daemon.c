@@ -1,0 +1,122 @@
+#include "fake_daemon.h"
+
+#include "check.h"
+
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+static void send_all(int fd, const char *text, size_t length, const int *fds, size_t fd_count)
+{
+    union {
+        char bytes[CMSG_SPACE(253 * sizeof(int))];
+        struct cmsghdr align;
+    } control = {0};
+    struct iovec part = {.iov_base = (void *)(uintptr_t)text, .iov_len = length};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
+    if (fd_count) {
+        message.msg_control = control.bytes;
+        message.msg_controllen = CMSG_SPACE(fd_count * sizeof(int));
+        struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+        header->cmsg_level = SOL_SOCKET;
+        header->cmsg_type = SCM_RIGHTS;
+        header->cmsg_len = CMSG_LEN(fd_count * sizeof(int));
+        memcpy(CMSG_DATA(header), fds, fd_count * sizeof(int));
+    }
+    ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL);
+    while (sent >= 0 && (size_t)sent < length) {
+        text += sent;
+        length -= (size_t)sent;
+        sent = send(fd, text, length, MSG_NOSIGNAL);
+    }
+}
+
+static void read_request(struct fake_daemon *daemon, int fd)
+{
+    char *line = daemon->requests[daemon->request_count];
+    size_t used = 0;
+    while (used + 1 < sizeof daemon->requests[0] && read(fd, line + used, 1) == 1 && line[used] != '\n')
+        used++;
+    line[used] = '\0';
+    daemon->request_count++;
+}
+
+static void play(struct fake_daemon *daemon, const struct act *act, int fd)
+{
+    char byte;
+    for (; act->kind != ACT_END; act++) {
+        switch (act->kind) {
+        case ACT_REQUEST:
+            read_request(daemon, fd);
+            break;
+        case ACT_SEND:
+            send_all(fd, act->text, strlen(act->text), act->fds, act->count);
+            break;
+        case ACT_SLOWLY:
+            for (const char *c = act->text; *c; c++) {
+                send_all(fd, c, 1, NULL, 0);
+                usleep(500);
+            }
+            break;
+        case ACT_FILL:
+            for (size_t left = act->count; left;) {
+                static char filler[65536];
+                memset(filler, 'x', sizeof filler);
+                ssize_t sent = send(fd, filler, left < sizeof filler ? left : sizeof filler, MSG_NOSIGNAL);
+                if (sent < 0)
+                    break;
+                left -= (size_t)sent;
+            }
+            break;
+        case ACT_HOLD:
+            while (read(fd, &byte, 1) > 0)
+                ;
+            break;
+        case ACT_END:
+            break;
+        }
+    }
+}
+
+static void *serve(void *argument)
+{
+    struct fake_daemon *daemon = argument;
+    for (int i = 0; i < daemon->script_count; i++) {
+        int fd = accept(daemon->listener, NULL, NULL);
+        if (fd < 0)
+            break;
+        play(daemon, daemon->scripts[i], fd);
+        close(fd);
+    }
+    return NULL;
+}
+
+void daemon_start(struct fake_daemon *daemon, const struct act *const *scripts, int count)
+{
+    static char path[108];
+    static int number;
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    memset(daemon, 0, sizeof *daemon);
+    CHECK(count <= MAX_CONNECTIONS);
+    snprintf(path, sizeof path, "%s/s%d", scratch_dir(), number++);
+    strcpy(address.sun_path, path);
+    daemon->settings = (struct settings){path, 1000, 1000, geteuid()};
+    memcpy(daemon->scripts, scripts, (size_t)count * sizeof *scripts);
+    daemon->script_count = count;
+    daemon->listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    CHECK(bind(daemon->listener, (struct sockaddr *)&address, sizeof address) == 0);
+    CHECK(listen(daemon->listener, 1) == 0);
+    CHECK(pthread_create(&daemon->thread, NULL, serve, daemon) == 0);
+}
+
+void daemon_join(struct fake_daemon *daemon)
+{
+    CHECK(pthread_join(daemon->thread, NULL) == 0);
+    close(daemon->listener);
+}
+
+void daemon_cancel(struct fake_daemon *daemon)
+{
+    shutdown(daemon->listener, SHUT_RDWR);
+    daemon_join(daemon);
+}

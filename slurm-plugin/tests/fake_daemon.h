@@ -1,0 +1,43 @@
+/* A fake uenvd: a thread that plays a script on one connection after the other. */
+#ifndef UENVD_FAKE_DAEMON_H
+#define UENVD_FAKE_DAEMON_H
+
+#include "args.h"
+
+#include <pthread.h>
+#include <stddef.h>
+
+struct act {
+    enum {
+        ACT_END,     /* close the connection */
+        ACT_REQUEST, /* read one line */
+        ACT_SEND,    /* send `text` with `fds` attached to its first byte */
+        ACT_SLOWLY,  /* send `text` byte by byte */
+        ACT_FILL,    /* send `count` bytes 'x' */
+        ACT_HOLD,    /* keep still until the peer closes */
+    } kind;
+    const char *text;
+    const int *fds;
+    size_t count; /* of fds or bytes */
+};
+
+#define MAX_CONNECTIONS 8
+
+struct fake_daemon {
+    struct settings settings; /* for the client */
+    const struct act *scripts[MAX_CONNECTIONS];
+    int script_count;
+    char requests[16][65536]; /* the lines received, without newline */
+    int request_count;
+    int listener;
+    pthread_t thread;
+};
+
+/* Start with one script for each connection to come, in order. */
+void daemon_start(struct fake_daemon *daemon, const struct act *const *scripts, int count);
+/* Wait until all scripts were played, and close everything. */
+void daemon_join(struct fake_daemon *daemon);
+/* End it although nobody came for some scripts. */
+void daemon_cancel(struct fake_daemon *daemon);
+
+#endif
