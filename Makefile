@@ -37,7 +37,7 @@ check-python: # the same without the plugin
 	$(VENV)/ruff check --quiet .
 	$(VENV)/ruff format --quiet --check .
 	$(VENV)/mypy
-	$(VENV)/lint-imports --no-timing
+	$(VENV)/lint-imports --no-logo
 
 check-plugin: # the plugin's compiler warnings and its unit tests under ASan and UBSan
 	$(MAKE) -C slurm-plugin check

@@ -251,6 +251,8 @@ class Demo:
         check("/user-environment/env/default/bin/python3" in lines, "the shell has the view", done.stdout)
         check(any(line.startswith("fuse") for line in lines), "and the mount", done.stdout)
         check(self.user.name in lines, "the user is still himself", done.stdout)
+        answers = any(line.startswith("uenvd:") and f"system {SYSTEM}" in line for line in lines)
+        check(answers, "and can ask his uenvd", done.stdout)
         check(lines[-1] == "status 3", "the shell's exit status comes back", done.stdout)
 
     def nothing_left(self) -> None:

@@ -6,16 +6,15 @@ silently ignored is worse than a daemon that does not start. docs/admin.md descr
 
 from __future__ import annotations
 
-import difflib
 import platform
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NoReturn, TypeVar
+from typing import Final
 
 import yaml
 
+from uenvd import yamlfile as y
 from uenvd.errors import ConfigError, UenvError
 
 DEFAULT_PATH: Final = Path("/etc/uenvd/config.yaml")
@@ -29,9 +28,6 @@ ARCHITECTURES: Final = {
     "gh200": "aarch64",
 }
 """Microarchitecture label -> machine name as of uname(2). ``architectures:`` adds to it."""
-
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class RegistryConfig:
@@ -101,20 +97,13 @@ def load(path: Path, check_registry: Callable[[str], object] = str) -> Config:
 
 def parse(text: str, name: str, check_registry: Callable[[str], object] = str) -> Config:
     """Check a configuration text; ``name`` is the file's name for messages. Raises `ConfigError`."""
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{name}:1: not valid YAML: {error}") from error
-    top = _Section(name, "", root)
+    top = y.Section(name, "", y.compose(text, name, y.Dialect()))
     registry_node = top.node("registry")
     if registry_node is None:
         top.fail("registry", "is missing", hint="for example  registry: oci-layout:/var/lib/uenvd/registry")
 
     def address(node: yaml.Node) -> str:
-        url = _text(node)
+        url = y.text(node)
         try:
             check_registry(url)
         except UenvError as error:
@@ -127,9 +116,9 @@ def parse(text: str, name: str, check_registry: Callable[[str], object] = str) -
         section = top.section("registry")
         registry = RegistryConfig(
             url=section.need("url", address),
-            ca_file=section.take("ca_file", _path, None),
-            auth_file=section.take("auth_file", _path, None),
-            timeout_s=section.take("timeout", _seconds, 30.0),
+            ca_file=section.take("ca_file", y.path, None),
+            auth_file=section.take("auth_file", y.path, None),
+            timeout_s=section.take("timeout", y.seconds, 30.0),
         )
         section.end()
     control = top.section("control")
@@ -139,152 +128,27 @@ def parse(text: str, name: str, check_registry: Callable[[str], object] = str) -
     worker = top.section("worker")
     limits = top.section("limits")
     config = Config(
-        system=top.need("system", _word),
+        system=top.need("system", y.word),
         registry=registry,
-        uarch=top.take("uarch", _word, None),
-        uarchs=top.take("uarchs", _words, ()),
-        architectures=top.take("architectures", _word_map, {}),
-        namespaces=top.take("namespaces", _words, ("deploy",)),
-        socket=control.take("socket", _path, Config.socket),
-        run_dir=top.take("run_dir", _path, Config.run_dir),
-        cache_local=cache.take("local", _path, Config.cache_local),
-        resolve_ttl_s=resolve.take("ttl", _seconds, Config.resolve_ttl_s),
-        resolve_deadline_s=resolve.take("deadline", _seconds, Config.resolve_deadline_s),
-        mount_points=mounts.take("points", _paths, Config.mount_points),
-        linger_s=mounts.take("linger", _seconds, Config.linger_s),
-        worker_user=worker.take("user", _text, Config.worker_user),
-        worker_cache_bytes=worker.take("cache", _size, Config.worker_cache_bytes),
+        uarch=top.take("uarch", y.word, None),
+        uarchs=top.take("uarchs", y.words, ()),
+        architectures=top.take("architectures", y.word_map, {}),
+        namespaces=top.take("namespaces", y.words, ("deploy",)),
+        socket=control.take("socket", y.path, Config.socket),
+        run_dir=top.take("run_dir", y.path, Config.run_dir),
+        cache_local=cache.take("local", y.path, Config.cache_local),
+        resolve_ttl_s=resolve.take("ttl", y.seconds, Config.resolve_ttl_s),
+        resolve_deadline_s=resolve.take("deadline", y.seconds, Config.resolve_deadline_s),
+        mount_points=mounts.take("points", y.paths, Config.mount_points),
+        linger_s=mounts.take("linger", y.seconds, Config.linger_s),
+        worker_user=worker.take("user", y.text, Config.worker_user),
+        worker_cache_bytes=worker.take("cache", y.size, Config.worker_cache_bytes),
         limits=Limits(
-            connections=limits.take("connections", _count, Limits.connections),
-            mounts=limits.take("mounts", _count, Limits.mounts),
-            pulls=limits.take("pulls", _count, Limits.pulls),
+            connections=limits.take("connections", y.count, Limits.connections),
+            mounts=limits.take("mounts", y.count, Limits.mounts),
+            pulls=limits.take("pulls", y.count, Limits.pulls),
         ),
     )
     for section in (control, cache, resolve, mounts, worker, limits, top):
         section.end()
     return config
-
-
-class _Section:
-    """A mapping of the document, read key by key; what was not read in the end is an error."""
-
-    def __init__(self, file: str, prefix: str, node: yaml.Node | None, line: int = 1) -> None:
-        self._file = file
-        self._prefix = prefix
-        self._line = line
-        self._values: dict[str, yaml.Node] = {}
-        self._lines: dict[str, int] = {}
-        self._known: set[str] = set()
-        if node is None or (isinstance(node, yaml.ScalarNode) and node.value == ""):
-            return
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(
-                f"{file}:{self._line}: {prefix.rstrip('.') or 'the file'}: must be a mapping of keys to values"
-            )
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            line = key_node.start_mark.line + 1
-            if key in self._values:
-                raise ConfigError(
-                    f"{file}:{line}: {prefix}{key}: is given twice (first in line {self._lines[key]})"
-                )
-            self._values[key] = value_node
-            self._lines[key] = line
-
-    def fail(self, key: str, problem: str, *, hint: str | None = None) -> NoReturn:
-        line = self._lines.get(key, self._line)
-        raise ConfigError(f"{self._file}:{line}: {self._prefix}{key}: {problem}", hint=hint)
-
-    def node(self, key: str) -> yaml.Node | None:
-        self._known.add(key)
-        return self._values.get(key)
-
-    def section(self, key: str) -> _Section:
-        return _Section(self._file, f"{self._prefix}{key}.", self.node(key), self._lines.get(key, self._line))
-
-    def take(self, key: str, convert: Callable[[yaml.Node], T], default: T | None) -> T:
-        node = self.node(key)
-        if node is None:
-            return default  # type: ignore[return-value]  # None only where T admits it
-        try:
-            return convert(node)
-        except ValueError as error:
-            self.fail(key, str(error))
-
-    def need(self, key: str, convert: Callable[[yaml.Node], T]) -> T:
-        if self.node(key) is None:
-            self.fail(key, "is missing")
-        return self.take(key, convert, None)
-
-    def end(self) -> None:
-        for key in self._values:
-            if key not in self._known:
-                near = difflib.get_close_matches(key, self._known, n=1)
-                self.fail(
-                    key,
-                    "is no key that uenvd knows",
-                    hint=f"did you mean {near[0]!r}?" if near else "see docs/admin.md",
-                )
-
-
-def _text(node: yaml.Node) -> str:
-    if not isinstance(node, yaml.ScalarNode) or not node.value:
-        raise ValueError("must be a text")
-    return str(node.value)
-
-
-def _word(node: yaml.Node) -> str:
-    text = _text(node)
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", text):
-        raise ValueError(f"{text!r} is no name (letters, digits, '_', '.', '-')")
-    return text
-
-
-def _items(node: yaml.Node) -> list[yaml.Node]:
-    if isinstance(node, yaml.ScalarNode):
-        return [node]
-    if not isinstance(node, yaml.SequenceNode):
-        raise ValueError("must be a list")  # noqa: TRY004  # a wrong value of the document, not of our caller
-    return list(node.value)
-
-
-def _words(node: yaml.Node) -> tuple[str, ...]:
-    return tuple(_word(item) for item in _items(node))
-
-
-def _word_map(node: yaml.Node) -> dict[str, str]:
-    if not isinstance(node, yaml.MappingNode):
-        raise ValueError("must be a mapping of names to names")  # noqa: TRY004
-    return {_word(key): _word(value) for key, value in node.value}
-
-
-def _path(node: yaml.Node) -> Path:
-    text = _text(node)
-    if not text.startswith("/"):
-        raise ValueError(f"{text!r} is no absolute path")
-    return Path(text)
-
-
-def _paths(node: yaml.Node) -> tuple[str, ...]:
-    return tuple(str(_path(item)) for item in _items(node))
-
-
-def _seconds(node: yaml.Node) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?", _text(node))
-    if not match:
-        raise ValueError(f"{node.value!r} is no duration (for example 60s, 500ms, 5m)")
-    return float(match[1]) * {None: 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
-
-
-def _size(node: yaml.Node) -> int:
-    match = re.fullmatch(r"(\d+)\s*(KiB|MiB|GiB|TiB|B)?", _text(node))
-    if not match:
-        raise ValueError(f"{node.value!r} is no size (for example 64MiB, 20GiB)")
-    return int(match[1]) << {None: 0, "B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}[match[2]]
-
-
-def _count(node: yaml.Node) -> int:
-    text = _text(node)
-    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
-        raise ValueError(f"{text!r} is no number from 1 up")
-    return int(text)

@@ -260,6 +260,23 @@ class ResourceMissing(UenvError):
     exit_status = 95
 
 
+class TestsFailed(UenvError):
+    """Tests of an image failed, or none were run, or the test program did not come to its end."""
+
+    __test__ = False  # for pytest, which takes every class of this name for tests
+    code = "tests-failed"
+    exit_status = 105
+    default_hint = "the report and the output of the tests say what went wrong"
+
+
+class ReportError(UenvError):
+    """A report of tests is malformed or contradicts itself."""
+
+    code = "bad-report"
+    exit_status = 106
+    default_hint = "reports are what ReFrame writes with --report-file"
+
+
 def _tree(root: type[UenvError]) -> list[type[UenvError]]:
     found = [root]
     for child in root.__subclasses__():

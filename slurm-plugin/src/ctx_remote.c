@@ -86,7 +86,7 @@ static bool find_wish(spank_t spank, const struct choice *choice, struct wish *w
     char *spec = job_variable(spank, VAR_SPEC, &fine), *images = job_variable(spank, VAR_IMAGES, &fine);
     char *view = job_variable(spank, VAR_VIEW, &fine), *exported = job_variable(spank, VAR_OPTION_UENV, &fine);
     char *asked = choice->uenv.text ? strdup(choice->uenv.text) : spec ? strdup(spec) : take(&exported);
-    if (choice->uenv.text && !asked)
+    if ((choice->uenv.text || spec) && !asked)
         fine = false;
     if (images && spec && asked && !strcmp(spec, asked)) {
         wish->uenv = take(&images);
@@ -94,10 +94,11 @@ static bool find_wish(spank_t spank, const struct choice *choice, struct wish *w
     } else {
         wish->uenv = asked;
         asked = NULL;
-        if (choice->view.text)
-            wish->view = strdup(choice->view.text);
-        else
-            wish->view = view ? take(&view) : job_variable(spank, VAR_OPTION_VIEW, &fine);
+        wish->view = choice->view.text ? strdup(choice->view.text)
+                     : view            ? take(&view)
+                                       : job_variable(spank, VAR_OPTION_VIEW, &fine);
+        if (choice->view.text && !wish->view)
+            fine = false;
         wish->directory = job_variable(spank, "SLURM_SUBMIT_DIR", &fine);
     }
     free(spec);
@@ -275,9 +276,11 @@ static bool wait_for_bytes(const struct plugin *plugin, const char *node, struct
 
 static bool set_description(spank_t spank, const char *name, char *text)
 {
-    bool fine = text != NULL;
-    if (fine && strlen(name) + 1 + strlen(text) <= MAX_ENV_STRING_BYTES)
-        fine = sw_setenv(spank, name, text);
+    if (!text)
+        return false;
+    /* Longer than any program could get: better none than a stale one. */
+    bool fits = strlen(name) + 1 + strlen(text) <= MAX_ENV_STRING_BYTES;
+    bool fine = fits ? sw_setenv(spank, name, text) : sw_unsetenv(spank, name);
     free(text);
     return fine;
 }

@@ -31,23 +31,27 @@ static void send_all(int fd, const char *text, size_t length, const int *fds, si
     }
 }
 
-static void read_request(struct fake_daemon *daemon, int fd)
+static void read_request(struct fake_daemon *daemon, int number)
 {
-    char *line = daemon->requests[daemon->request_count];
+    char *line = daemon->requests[number];
     size_t used = 0;
-    while (used + 1 < sizeof daemon->requests[0] && read(fd, line + used, 1) == 1 && line[used] != '\n')
+    while (used + 1 < sizeof daemon->requests[0] && read(daemon->fds[number], line + used, 1) == 1 && line[used] != '\n')
         used++;
     line[used] = '\0';
+    pthread_mutex_lock(&daemon->lock);
     daemon->request_count++;
+    pthread_mutex_unlock(&daemon->lock);
 }
 
-static void play(struct fake_daemon *daemon, const struct act *act, int fd)
+static void play(struct fake_daemon *daemon, int number)
 {
+    const struct act *act = daemon->scripts[number];
+    int fd = daemon->fds[number];
     char byte;
     for (; act->kind != ACT_END; act++) {
         switch (act->kind) {
         case ACT_REQUEST:
-            read_request(daemon, fd);
+            read_request(daemon, number);
             break;
         case ACT_SEND:
             send_all(fd, act->text, strlen(act->text), act->fds, act->count);
@@ -78,15 +82,25 @@ static void play(struct fake_daemon *daemon, const struct act *act, int fd)
     }
 }
 
+static void *play_part(void *argument)
+{
+    struct player *player = argument;
+    play(player->daemon, player->number);
+    close(player->daemon->fds[player->number]);
+    return NULL;
+}
+
 static void *serve(void *argument)
 {
     struct fake_daemon *daemon = argument;
-    for (int i = 0; i < daemon->script_count; i++) {
-        int fd = accept(daemon->listener, NULL, NULL);
-        if (fd < 0)
+    for (; daemon->accepted < daemon->script_count; daemon->accepted++) {
+        int number = daemon->accepted;
+        daemon->fds[number] = accept4(daemon->listener, NULL, NULL, SOCK_CLOEXEC);
+        if (daemon->fds[number] < 0)
             break;
-        play(daemon, daemon->scripts[i], fd);
-        close(fd);
+        daemon->players[number].daemon = daemon;
+        daemon->players[number].number = number;
+        CHECK(pthread_create(&daemon->players[number].thread, NULL, play_part, &daemon->players[number]) == 0);
     }
     return NULL;
 }
@@ -101,8 +115,10 @@ void daemon_start(struct fake_daemon *daemon, const struct act *const *scripts, 
     snprintf(path, sizeof path, "%s/s%d", scratch_dir(), number++);
     strcpy(address.sun_path, path);
     daemon->settings = (struct settings){path, 1000, 1000, geteuid()};
-    memcpy(daemon->scripts, scripts, (size_t)count * sizeof *scripts);
+    for (int i = 0; i < count; i++)
+        daemon->scripts[i] = scripts[i];
     daemon->script_count = count;
+    CHECK(pthread_mutex_init(&daemon->lock, NULL) == 0);
     daemon->listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     CHECK(bind(daemon->listener, (struct sockaddr *)&address, sizeof address) == 0);
     CHECK(listen(daemon->listener, 1) == 0);
@@ -112,6 +128,8 @@ void daemon_start(struct fake_daemon *daemon, const struct act *const *scripts, 
 void daemon_join(struct fake_daemon *daemon)
 {
     CHECK(pthread_join(daemon->thread, NULL) == 0);
+    for (int i = 0; i < daemon->accepted; i++)
+        CHECK(pthread_join(daemon->players[i].thread, NULL) == 0);
     close(daemon->listener);
 }
 

@@ -1,4 +1,4 @@
-/* A fake uenvd: a thread that plays a script on one connection after the other. */
+/* A fake uenvd: plays a script on each connection, each in a thread of its own. */
 #ifndef UENVD_FAKE_DAEMON_H
 #define UENVD_FAKE_DAEMON_H
 
@@ -27,10 +27,18 @@ struct fake_daemon {
     struct settings settings; /* for the client */
     const struct act *scripts[MAX_CONNECTIONS];
     int script_count;
-    char requests[16][65536]; /* the lines received, without newline */
+    char requests[MAX_CONNECTIONS][65536]; /* the line received on each connection, without newline */
     int request_count;
+    int fds[MAX_CONNECTIONS];
+    int accepted;
     int listener;
     pthread_t thread;
+    struct player {
+        pthread_t thread;
+        struct fake_daemon *daemon;
+        int number;
+    } players[MAX_CONNECTIONS];
+    pthread_mutex_t lock;
 };
 
 /* Start with one script for each connection to come, in order. */

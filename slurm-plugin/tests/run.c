@@ -13,7 +13,7 @@ long fail_allocation = -1;
 
 static struct test *tests;
 static const char *skipped;
-static char scratch[] = "/tmp/uenvd-plugin-XXXXXX";
+static char scratch[80];
 
 void *__real_malloc(size_t size);
 void *__real_calloc(size_t count, size_t size);
@@ -108,7 +108,9 @@ int main(int argc, char **argv)
     vectors_dir = argv[1];
     signal(SIGPIPE, SIG_DFL);
     alarm(120);
-    CHECK(mkdtemp(scratch) != NULL);
+    const char *temporary = getenv("TMPDIR");
+    int length = snprintf(scratch, sizeof scratch, "%s/uenvd-plugin-XXXXXX", temporary ? temporary : "/tmp");
+    CHECK(length > 0 && (size_t)length < sizeof scratch && mkdtemp(scratch) != NULL);
     for (struct test *test = tests; test; test = test->next) {
         if (argc > 2 && !strstr(test->name, argv[2]))
             continue;

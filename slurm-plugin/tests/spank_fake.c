@@ -6,6 +6,9 @@
 #include <stdarg.h>
 #include <unistd.h>
 
+/* Not subject to the injected failures. */
+char *__real_strdup(const char *text);
+
 struct spank_fake fake;
 
 static struct {
@@ -39,17 +42,22 @@ void fake_setenv(const char *name, const char *value)
     if (at < 0) {
         at = variable_count++;
         CHECK(at < 4096);
-        variables[at].name = strdup(name);
+        variables[at].name = __real_strdup(name);
         variables[at].value = NULL;
     }
     free(variables[at].value);
-    variables[at].value = strdup(value);
+    variables[at].value = __real_strdup(value);
 }
 
 const char *fake_getenv(const char *name)
 {
     int at = find(name);
     return at < 0 ? NULL : variables[at].value;
+}
+
+int fake_variable_count(void)
+{
+    return variable_count;
 }
 
 int fake_option(const char *name, const char *value)

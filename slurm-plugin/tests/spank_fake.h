@@ -28,6 +28,7 @@ extern struct spank_fake fake;
 void fake_reset(spank_context_t context);
 void fake_setenv(const char *name, const char *value);
 const char *fake_getenv(const char *name);
+int fake_variable_count(void);
 /* What Slurm does with an option on the command line, or from the environment. */
 int fake_option(const char *name, const char *value);
 

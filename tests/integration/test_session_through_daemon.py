@@ -147,6 +147,19 @@ def test_the_lease_lasts_as_long_as_the_session(site: Site, daemon: Daemon) -> N
     until(lambda: not daemon.ask("status")["images"], "the image is let go")
 
 
+def test_few_files_may_be_open(site: Site, daemon: Daemon) -> None:
+    command = ["sh", "-c", f"ulimit -n 40; exec {UENVCTL} run app/1.0 cat {M}/word"]
+    options = {
+        "env": {**site.user.environ(), "UENVD_SOCKET": str(daemon.socket_path)},
+        "user": site.user.uid,
+        "group": site.user.gid,
+    }
+    done = subprocess.run(
+        command, **options, extra_groups=[], capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    assert (done.stdout, done.stderr) == ("hello", "")
+
+
 def test_the_command_is_killed(site: Site, daemon: Daemon) -> None:
     with site.popen(daemon, "run", "app/1.0", "sh", "-c", "echo ready; exec sleep 60") as process:
         assert process.stdout is not None
@@ -211,6 +224,7 @@ def test_two_labels(site: Site, daemon: Daemon) -> None:
         (["run", "--view=zip", "app/1.0", "true"], 70, "available views: app:default, app:plain"),
         (["run", "app/1.0,tool/1:/user-environment", "true"], 82, "/user-environment"),
         (["run", "app/1.0,./app.squashfs", "true"], 82, "both want to be mounted at /user-environment"),
+        (["run", "--view=default", "tool/1,./app.squashfs", "true"], 70, "ambiguous: a file and tool/1:v1"),
         (["run", "app/1.0:/no/such", "true"], 81, "no such directory"),
         (["image", "inspect", "nosuch"], 68, "no image is called"),
         (["image", "pull", "nosuch"], 68, "no image is called"),

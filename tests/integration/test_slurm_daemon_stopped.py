@@ -25,13 +25,14 @@ def test_not_running_at_submission(site: Site) -> None:
 
 def test_stopped_at_submission(site: Site) -> None:
     expected = f"uenv: uenvd does not answer: nothing came from {site.cluster.control_socket} for 3.0 s"
+    commands = (["srun", "--uenv=app/1", "true"], ["sbatch", "--uenv=app/1", "--wrap=true"])
     with site.login.paused():
-        for command in (["srun", "--uenv=app/1", "true"], ["sbatch", "--uenv=app/1", "--wrap=true"]):
-            start = time.monotonic()
-            done = site.cluster.run(command, user=site.user)
-            assert time.monotonic() - start < LIMIT_S
-            assert done.returncode == 1
-            assert told(done)[0] == expected
+        start = time.monotonic()
+        clients = [site.cluster.popen(command, user=site.user) for command in commands]
+        said = [client.communicate(timeout=10)[1] for client in clients]
+        assert time.monotonic() - start < LIMIT_S
+    assert [client.returncode for client in clients] == [1, 1]
+    assert [text.splitlines()[0] for text in said] == [expected, expected]
     assert site.cluster.jobs() == []
 
 
@@ -76,11 +77,12 @@ def test_killed_while_bytes_are_awaited(site: Site) -> None:
 def test_killed_while_the_job_runs(site: Site) -> None:
     flag = site.cluster.scratch / "killed"
     flag.unlink(missing_ok=True)
-    script = f"until [ -e {flag} ]; do sleep 0.05; done; cat {site.mount}/hello"
+    script = f"echo up; until [ -e {flag} ]; do sleep 0.05; done; cat {site.mount}/hello"
     running = site.cluster.popen(
         ["srun", "-Q", "-w", "node1", "--uenv=app/1", "bash", "-c", script], user=site.user
     )
-    assert poll(lambda: bool(site.nodes["node1"].requests("mount")), 10)
+    assert running.stdout is not None
+    assert running.stdout.readline() == "up\n"
     site.nodes["node1"].kill()
     flag.touch()
     said, errors = running.communicate(timeout=10)

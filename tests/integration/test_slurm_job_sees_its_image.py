@@ -217,11 +217,24 @@ def test_scripts_own_changes_survive_a_nested_srun(site: Site) -> None:
 
 
 def test_lease_lives_as_long_as_the_step(site: Site) -> None:
-    script = "exec 3<>/dev/null; ls -l /proc/$PPID/fd 2>/dev/null | grep -c socket; ls /proc/self/fd | wc -l"
-    plain, given = (
-        site.srun(*option, "bash", "-c", script).stdout.splitlines()[-1] for option in ([], ["--uenv=app/1"])
+    flag = site.cluster.scratch / "go"
+    flag.unlink(missing_ok=True)
+    script = f"echo up; until [ -e {flag} ]; do sleep 0.05; done"
+    held = site.cluster.popen(
+        ["srun", "-Q", "-w", "node1", "--uenv=app/1", "bash", "-c", script], user=site.user
     )
-    assert plain == given, "a descriptor of the plugin reached the task"
+    assert held.stdout is not None
+    assert held.stdout.readline() == "up\n"
+    daemon = site.nodes["node1"]
+    assert (len(daemon.requests("mount")), daemon.requests("end of lease")) == (1, [])
+    flag.touch()
+    held.communicate(timeout=10)
+    assert poll(lambda: len(daemon.requests("end of lease")) == 1, 5)
+
+
+def test_no_descriptor_of_the_plugin_reaches_the_task(site: Site) -> None:
+    plain, given = (site.srun(*option, "ls", "/proc/self/fd").stdout for option in ([], ["--uenv=app/1"]))
+    assert plain == given
 
 
 def test_relative_path_goes_to_the_daemon_with_the_directory(site: Site) -> None:
@@ -263,3 +276,18 @@ def test_tools_view_of_one_image_among_several(site: Site) -> None:
         else f"{site.mount}:app:default,{site.tools_mount}:tools:default",
         f"{DIGEST_1},{DIGEST_TOOLS}",
     ]
+
+
+def test_srun_from_a_session_in_a_user_namespace(site: Site) -> None:
+    command = [
+        "unshare",
+        "--user",
+        "--map-current-user",
+        "srun",
+        "-Q",
+        "--uenv=app/1",
+        "--view=default",
+        "which-app",
+    ]
+    done = site.cluster.run(command, user=site.user)
+    assert (done.returncode, done.stdout) == (0, "app-1\n"), done.stderr

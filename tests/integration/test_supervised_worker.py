@@ -279,6 +279,26 @@ def test_without_root_anywhere(place: Path) -> None:
     until(lambda: has_ended(pid), "the worker's end after the last process of the namespace")
 
 
+def test_without_libseccomp_a_worker_serves_and_says_so_once(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (place / "pyseccomp.py").write_text("raise RuntimeError('Unable to find libseccomp')\n")
+    monkeypatch.setenv("PYTHONPATH", str(place))
+    with started() as worker:
+        worker.send(WorkerSetup(("fuse",), path=str(place / "i"), uid=NOBODY, gid=NOBODY))
+        assert report_of(worker.channel).error is None
+        status = Path(f"/proc/{worker.process.pid}/status").read_text()
+        assert "Seccomp:\t0\n" in status
+        assert "NoNewPrivs:\t1\n" in status
+        with session(NOBODY, worker.mount, "/mnt") as user:
+            os.close(worker.mount)
+            assert user.eval("open('/mnt/file').read()") == "content\n"
+        assert worker.process.wait(10) == 0
+    assert capfd.readouterr().err == (
+        "uenvd-fs: system calls are not restricted: Unable to find libseccomp\n"
+    )
+
+
 def test_a_descriptor_that_is_no_mount(place: Path) -> None:
     process, channel = start_worker()
     fuse = mounts.open_fuse_device()

@@ -100,12 +100,10 @@ def _standard_state(cluster: Cluster, mount: Path, tools_mount: Path) -> State:
         directory = cluster.dir / "images" / name.replace("/", "-")
         return {"dir": str(directory), "mount": str(place), "views": views}
 
-    bin_dir = str(mount / "bin")
-    default = [
-        ["set", "APP_HOME", str(mount)],
-        ["prepend", "PATH", [bin_dir]],
-        ["append", "APP_LIST", ["a", "b"]],
-    ]
+    default: list[list[Any]] = []
+    default.append(["set", "APP_HOME", str(mount)])
+    default.append(["prepend", "PATH", [str(mount / "bin")]])
+    default.append(["append", "APP_LIST", ["a", "b"]])
     develop = [*default, ["set", "APP_DEVELOP", "1"], ["unset", "TOOLCONFLICT"]]
     return State(
         tags={"app/1": DIGEST_1, "app/2": DIGEST_2, "tools/1": DIGEST_TOOLS},

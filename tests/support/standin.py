@@ -1,7 +1,8 @@
 """A stand-in for uenvd that does what a test tells it: the control protocol, with prepared directories as images.
 
 Run as a process of its own (``python standin.py SOCKET STATE REQUESTS``) so that it can be stopped and killed like the real one. STATE is a JSON
-file, read anew for every request (see `State`); every request is appended to REQUESTS. The mounts it hands out are detached
+file, read anew for every request (see `State`); every request is appended to REQUESTS, and ``end of lease`` when a connection that
+mounted ends. The mounts it hands out are detached
 clones of bind mounts, real ones.
 """
 
@@ -94,11 +95,19 @@ class _Peer:
 
     def serve(self) -> None:
         buffer = b""
+        last: dict[str, Any] = {}
         with self._sock, contextlib.suppress(OSError):
             while data := self._sock.recv(65536):
                 *lines, buffer = (buffer + data).split(b"\n")
                 for line in lines:
-                    self._answer(json.loads(line))
+                    last = json.loads(line)
+                    self._answer(last)
+        if last.get("op") == "mount":
+            self._note({"op": "end of lease"})
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        with open(self._log_path, "a") as log:
+            log.write(json.dumps(entry) + "\n")
 
     def _send(self, frame: dict[str, Any], fds: list[int] | None = None) -> None:
         data = json.dumps(frame).encode() + b"\n"
@@ -110,8 +119,7 @@ class _Peer:
     def _answer(self, request: dict[str, Any]) -> None:
         creds = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         peer_uid = int.from_bytes(creds[4:8], sys.byteorder)
-        with open(self._log_path, "a") as log:
-            log.write(json.dumps({**request, "peer_uid": peer_uid}) + "\n")
+        self._note({**request, "peer_uid": peer_uid})
         state = _load(self._state_path)
         operation = request["op"]
         if operation in state.raw:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,21 @@ from uenvd.ctl.output import note
 
 NOT_FOUND = 127
 NOT_EXECUTABLE = 126
+LEASE_FD = 100
+"""Lowest number of the inherited connection that is the lease: out of the way of scripts' redirections."""
+RC_FD = 110
+"""The same for what bash reads first."""
 _DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
+
+
+def inherit(descriptor: int, lowest: int) -> int:
+    """Return a copy of a descriptor that survives exec, numbered from `lowest` on, or lower where the limit of open files demands it."""
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD, lowest)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EMFILE):
+            raise
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD, 3)
 
 
 def execute(command: Sequence[str], environ: Mapping[str, str], *, argv0: str | None = None) -> NoReturn:

@@ -44,13 +44,13 @@ def _run(arguments: Arguments) -> NoReturn:
     if not arguments.rest:
         raise UsageError("there is no command to run", hint="for a shell: uenvctl start UENV")
     from uenvd.ctl.client import socket_path
-    from uenvd.ctl.execute import execute
-    from uenvd.ctl.session import Plan, build, keep_lease, refuse_inside_session
+    from uenvd.ctl.execute import LEASE_FD, execute, inherit
+    from uenvd.ctl.session import Plan, build, refuse_inside_session
 
     plan = Plan.parse(arguments.words[0], arguments.values.get("--view"))
     refuse_inside_session("run")
     socket = socket_path(arguments.values.get("--socket"), os.environ)
     environ, lease = build(plan, socket, os.environ, refresh="--refresh" in arguments.flags)
     if lease is not None:
-        keep_lease(lease)
+        inherit(lease.fileno(), LEASE_FD)
     execute(arguments.rest, environ)

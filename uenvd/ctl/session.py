@@ -10,12 +10,11 @@ What is mounted is the truth about a session, never a variable: `mounted_images`
 from __future__ import annotations
 
 import errno
-import fcntl
 import itertools
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from uenvd import mounts
 from uenvd.ctl.client import Client
@@ -45,8 +44,9 @@ from uenvd.views import (
     view_ops,
 )
 
-LEASE_FD = 100
-"""Lowest number of the inherited descriptor that holds the lease: out of the way of scripts' redirections."""
+if TYPE_CHECKING:
+    from uenvd.ctl.files import Worker
+
 SOURCE_PREFIX = "uenvd:"
 IDMAP_S = 1.0
 """How long a session of files only waits for the daemon to map the user's groups; it works without."""
@@ -247,14 +247,43 @@ def build(
 
     Returns the environment for the command, and the connection that is the lease (``None`` without images of the daemon).
     """
-    files = plan.files
-    workers = []
-    if files:
-        from uenvd.ctl.files import Worker  # labels need nothing of it
-
-        workers = [Worker() for _file in files]
+    workers = _start_workers(len(plan.files))
     client = Client(socket_path) if plan.labels else _courtesy(socket_path)
     enter_namespace(client)
+    parts, metas = _serve_files(plan.files, workers)
+    ops: list[EnvOp] = []
+    keys: list[str] = []
+    mine, theirs = _split_views(plan, metas)
+    if parts:
+        selected = select_views(metas, mine, use_default=True)
+        ops += view_ops(selected)
+        keys.append(applied_key([part.identity for part in parts], selected))
+    if plan.labels and client is not None:
+        _refuse_shared_views(client, plan, mine)
+        added, remote_ops, key = _from_daemon(client, plan, theirs, refresh=refresh)
+        parts += added
+        ops += remote_ops
+        keys.append(key)
+    elif client is not None:
+        client.close()
+        client = None
+    attach(parts)
+    return session_environment(environ, parts, ops, ";".join(keys)), client
+
+
+def _start_workers(count: int) -> list[Worker]:
+    """Start a worker for each file, in the namespaces that are about to be left."""
+    if not count:
+        return []
+    from uenvd.ctl.files import Worker  # a session of labels needs nothing of it
+
+    return [Worker() for _ in range(count)]
+
+
+def _serve_files(
+    files: Sequence[Description], workers: Sequence[Worker]
+) -> tuple[list[Part], list[tuple[Label | None, ImageMeta | None]]]:
+    """Mount the files in the present user namespace. Returns them and their metadata. Raises `NoMetadata` and what `Worker.serve` raises."""
     parts: list[Part] = []
     metas: list[tuple[Label | None, ImageMeta | None]] = []
     for worker, one in zip(workers, files, strict=True):
@@ -272,24 +301,7 @@ def build(
         name = meta.name if meta is not None else path.rpartition("/")[2]
         parts.append(Part(mount_fd, mount, str(one.path), name, path, None, _identity(path)))
         metas.append((None, meta))
-    ops: list[EnvOp] = []
-    keys: list[str] = []
-    mine, theirs = _split_views(plan, metas)
-    if files:
-        selected = select_views(metas, mine, use_default=True)
-        ops += view_ops(selected)
-        keys.append(applied_key([part.identity for part in parts], selected))
-    if plan.labels and client is not None:
-        added, remote_ops, key = _from_daemon(client, plan, theirs, refresh=refresh)
-        parts += added
-        ops += remote_ops
-        keys.append(key)
-    elif client is not None:
-        client.close()
-        client = None
-    attach(parts)
-    applied = ";".join(keys)
-    return session_environment(environ, parts, ops, applied), client
+    return parts, metas
 
 
 def _courtesy(socket_path: str) -> Client | None:
@@ -324,6 +336,22 @@ def _split_views(
             found = True
         (mine if found and wanted.uenv not in labels else theirs).append(wanted)
     return mine, theirs
+
+
+def _refuse_shared_views(client: Client, plan: Plan, mine: Sequence[ViewName]) -> None:
+    """Raise `UnknownView` if a view that was found in a file, and is not said to be its, is also one of a label's image."""
+    unsaid = {one.view for one in mine if one.uenv is None}
+    if not unsaid:
+        return
+    images = client.call("resolve", uenv=",".join(map(str, plan.labels))).frame.get("images")
+    for image in images if isinstance(images, list) else ():
+        views = image.get("views") if isinstance(image, dict) else None
+        shared = unsaid.intersection(view for view in views or () if isinstance(view, str))
+        if shared:
+            raise UnknownView(
+                f"the view '{min(shared)}' is ambiguous: a file and {image.get('label')} have one",
+                hint="say which one you mean: --view=uenv:view",
+            )
 
 
 def _from_daemon(
@@ -405,8 +433,3 @@ def session_environment(
         for view in views
     )
     return result
-
-
-def keep_lease(client: Client) -> int:
-    """Make the connection survive exec under a high number; return it. The lease ends when the last process that inherited it does."""
-    return fcntl.fcntl(client.fileno(), fcntl.F_DUPFD, LEASE_FD)

@@ -29,8 +29,6 @@ examples:
 
 OPTIONS = {"--view": VALUE, "--refresh": FLAG}
 
-_RC_FD_LOWEST = 110
-
 
 def main(argv: Sequence[str]) -> int:
     """Handle the command; returns only for ``--help``."""
@@ -43,8 +41,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _start(arguments: Arguments) -> NoReturn:
     from uenvd.ctl.client import socket_path
-    from uenvd.ctl.execute import execute
-    from uenvd.ctl.session import Plan, build, keep_lease, refuse_inside_session
+    from uenvd.ctl.execute import LEASE_FD, execute, inherit
+    from uenvd.ctl.session import Plan, build, refuse_inside_session
 
     plan = Plan.parse(arguments.words[0], arguments.values.get("--view"))
     refuse_inside_session("start a shell")
@@ -52,7 +50,7 @@ def _start(arguments: Arguments) -> NoReturn:
     socket = socket_path(arguments.values.get("--socket"), os.environ)
     environ, lease = build(plan, socket, os.environ, refresh="--refresh" in arguments.flags)
     if lease is not None:
-        keep_lease(lease)
+        inherit(lease.fileno(), LEASE_FD)
     command = [shell]
     if _is_terminal(0) and shell.rpartition("/")[2] == "bash":
         command += ["--rcfile", f"/dev/fd/{_bash_rc(environ['UENV_LABEL'])}", "-i"]
@@ -97,10 +95,10 @@ def _short(label: str) -> str:
 
 
 def _bash_rc(labels: str) -> int:
-    import fcntl
+    from uenvd.ctl.execute import RC_FD, inherit
 
     with open(os.memfd_create("uenvctl-rc"), "w+b") as file:  # noqa: PTH123 - an anonymous file
-        descriptor = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD, _RC_FD_LOWEST)
+        descriptor = inherit(file.fileno(), RC_FD)
         file.write(bash_rc(labels, descriptor).encode())
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor

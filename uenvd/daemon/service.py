@@ -350,10 +350,11 @@ class Service:
                     raise served.error
                 if served.state == "gone":
                     raise SessionError(f"{served.label} is not served any more")
+            # Taken before the next checkpoint: what happens while the event is being sent must not be missed.
+            changed = next(served for served in lease.served if served.state != "serving").changed
             await connection.send(_progress(lease))
-            waiting = next(served for served in lease.served if served.state != "serving")
             with trio.move_on_after(protocol.HEARTBEAT_S):
-                await waiting.changed.wait()
+                await changed.wait()
         env, applied = self._environment(lease)
         return Answer(protocol.success(env=env, applied=applied, notes=[]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -103,6 +104,16 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
     if len(data) > limit_bytes:
         raise StorageError(f"{path} has more than the {limit_bytes} bytes that are allowed")
     return data
+
+
+def hash_file(path: Path) -> tuple[str, int]:
+    """Return (``sha256:<hex>``, size in bytes) of a file. Raises `OSError`."""
+    hasher, done = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while piece := file.read(COPY_BYTES):
+            hasher.update(piece)
+            done += len(piece)
+    return f"sha256:{hasher.hexdigest()}", done
 
 
 def pieces_of(path: Path, offset_bytes: int, check: Callable[[], None], missing: str) -> Iterator[bytes]:

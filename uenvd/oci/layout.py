@@ -25,6 +25,7 @@ from uenvd.errors import (
     RegistryUnreachable,
     UsageError,
 )
+from uenvd.oci.fallback import by_tags, settled
 from uenvd.oci.files import (
     COPY_BYTES,
     locked,
@@ -37,7 +38,6 @@ from uenvd.oci.files import (
 from uenvd.oci.manifest import (
     EMPTY_BLOB,
     EMPTY_DIGEST,
-    EMPTY_TYPE,
     INDEX_TYPE,
     MANIFEST_TYPE,
     MAX_MANIFEST_BYTES,
@@ -46,14 +46,13 @@ from uenvd.oci.manifest import (
     check_digest,
     digest_of,
     load_object,
+    media_type_of,
     parse_descriptor,
-    parse_index,
     parse_manifest,
 )
 from uenvd.oci.reference import (
     RegistryAddress,
     check_reference,
-    fallback_tag,
     is_digest,
     is_fallback_tag,
     is_repository,
@@ -86,10 +85,14 @@ class LayoutRemote:
 
     def tags(self, repository: str) -> list[str]:
         """See `Remote.tags`."""
+        return [tag for tag in self.every_tag(repository) if not is_fallback_tag(tag)]
+
+    def every_tag(self, repository: str) -> list[str]:
+        """See `Remote.every_tag`."""
         self._check_repository(repository)
         begin = f"{repository}:"
         names = (name.removeprefix(begin) for name in self._names() if name.startswith(begin))
-        return sorted({tag for tag in names if is_tag(tag) and not is_fallback_tag(tag)})
+        return sorted({tag for tag in names if is_tag(tag)})
 
     def repositories(self, prefix: str) -> list[str]:
         """See `Remote.repositories`."""
@@ -103,6 +106,11 @@ class LayoutRemote:
             return parse_manifest(raw, digest)
         except ManifestError as error:
             raise ManifestError(f"{repository} {reference}: {error.message}", hint=error.hint) from error
+
+    def manifest_bytes(self, repository: str, reference: str) -> tuple[bytes, str]:
+        """See `Remote.manifest_bytes`."""
+        raw, _ = self._raw_manifest(repository, reference)
+        return raw, media_type_of(raw)
 
     def resolve(self, repository: str, tag: str) -> str:
         """See `Remote.resolve`. A layout that does not exist yet has no tags."""
@@ -148,26 +156,33 @@ class LayoutRemote:
     def referrers(self, repository: str, digest: str, artifact_type: str | None) -> list[Descriptor]:
         """See `Remote.referrers`. By the tag schema (``sha256-<hex>``), as the oras command does in a layout."""
         check_reference(repository, digest)
-        try:
-            raw, _ = self._raw_manifest(repository, fallback_tag(digest))
-            found = parse_index(raw)
-        except (NotFound, ManifestError):
-            return []
-        settled = []
-        for entry in {entry.digest: entry for entry in found}.values():
-            kind = entry.artifact_type
-            if not kind or kind == EMPTY_TYPE:
-                manifest = self.manifest(repository, entry.digest)
-                kind = manifest.artifact_type or manifest.config.media_type
-            settled.append(
-                Descriptor(entry.media_type, entry.digest, entry.size_bytes, entry.annotations, kind)
-            )
-        return [entry for entry in settled if artifact_type is None or entry.artifact_type == artifact_type]
+        return settled(self, repository, by_tags(self, repository, digest), artifact_type)
 
     def push_blob(
         self, repository: str, path: Path, descriptor: Descriptor, progress: Progress = no_progress
     ) -> None:
         """See `Remote.push_blob`."""
+
+        def pieces() -> Iterator[bytes]:
+            try:
+                with path.open("rb") as source:
+                    while piece := source.read(COPY_BYTES):
+                        yield piece
+            except OSError as error:
+                raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+
+        self.push_stream(repository, descriptor, pieces, progress, name=str(path))
+
+    def push_stream(
+        self,
+        repository: str,
+        descriptor: Descriptor,
+        pieces: Callable[[], Iterator[bytes]],
+        progress: Progress = no_progress,
+        *,
+        name: str = "what was received",
+    ) -> None:
+        """See `Remote.push_stream`. ``name`` is what messages call the source."""
         self._check_repository(repository)
         target = self._prepare_blob(descriptor.digest)
         if target.exists():
@@ -176,12 +191,8 @@ class LayoutRemote:
         hasher, done = hashlib.sha256(), 0
         temporary = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
         try:
-            try:
-                source = path.open("rb")
-            except OSError as error:
-                raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-            with source, storage_errors(self.root, "writing a blob into"), temporary.open("xb") as file:
-                while piece := source.read(COPY_BYTES):
+            with storage_errors(self.root, "writing a blob into"), temporary.open("xb") as file:
+                for piece in pieces():
                     self._check()
                     hasher.update(piece)
                     file.write(piece)
@@ -189,7 +200,7 @@ class LayoutRemote:
                     progress(done, descriptor.size_bytes)
                 if f"sha256:{hasher.hexdigest()}" != descriptor.digest or done != descriptor.size_bytes:
                     raise DigestMismatch(
-                        f"{path} does not have the digest {descriptor.digest}",
+                        f"{name} does not have the digest {descriptor.digest}",
                         hint="was it changed meanwhile?",
                     )
                 file.flush()
@@ -198,6 +209,29 @@ class LayoutRemote:
                 sync_directory(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def mount_blob(self, repository: str, descriptor: Descriptor, source: str) -> bool:
+        """See `Remote.mount_blob`. All repositories of a layout share their blobs."""
+        self._check_repository(repository)
+        self._check_repository(source)
+        return self._blob(descriptor.digest).exists()
+
+    def push_attachment(
+        self, repository: str, tag: str, raw: bytes, subject: str, media_type: str = MANIFEST_TYPE
+    ) -> bool:
+        """See `Remote.push_attachment`. A layout lists nothing by itself."""
+        check_reference(repository, subject)
+        self.push_manifest(repository, tag, raw, media_type)
+        return False
+
+    @contextmanager
+    def updating(self, name: str) -> Iterator[bool]:
+        """See `Remote.updating`. One lock for the whole layout, held against all processes of this machine."""
+        self._check()
+        with storage_errors(self.root, f"updating {name} in"):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with locked(self.root / ".update.lock"):
+                yield True
 
     def push_bytes(self, repository: str, data: bytes, media_type: str) -> Descriptor:
         """See `Remote.push_bytes`."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from uenvd.errors import DigestMismatch, ManifestError
@@ -108,6 +108,9 @@ class ImageConfig:
         if self.image_digest is not None:
             body["image"] = {"digest": self.image_digest, "size": self.image_size_bytes}
         return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+
+
+EMPTY_DESCRIPTOR: Final = Descriptor(EMPTY_TYPE, EMPTY_DIGEST, len(EMPTY_BLOB))
 
 
 def digest_of(data: bytes) -> str:
@@ -280,6 +283,44 @@ def build_manifest(
     if notes:
         body["annotations"] = dict(sorted(notes.items()))
     return json.dumps(body, separators=(",", ":")).encode()
+
+
+def build_artifact(
+    artifact_type: str,
+    layers: Sequence[Descriptor],
+    annotations: Mapping[str, str],
+    *,
+    subject: Descriptor | None = None,
+) -> bytes:
+    """Return the bytes of a manifest without a config of its own, such as an attachment; equal arguments give equal bytes."""
+    body: dict[str, Any] = {
+        "schemaVersion": 2,
+        "mediaType": MANIFEST_TYPE,
+        "artifactType": artifact_type,
+        "config": EMPTY_DESCRIPTOR.to_json(),
+        "layers": [layer.to_json() for layer in layers],
+    }
+    if subject is not None:
+        body["subject"] = replace(subject, annotations={}, artifact_type=None).to_json()
+    if annotations:
+        body["annotations"] = dict(sorted(annotations.items()))
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def build_index(entries: Sequence[Descriptor]) -> bytes:
+    """Return the bytes of an image index; equal entries give equal bytes, whatever their order."""
+    listed = [entry.to_json() for entry in sorted(entries, key=lambda entry: entry.digest)]
+    body = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": listed}
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def media_type_of(raw: bytes, announced: str = "") -> str:
+    """Return the media type of a manifest or an index: what it says itself, else what was announced, else by its fields."""
+    body = load_object(raw, "the manifest")
+    found = _text(body, "mediaType", "the manifest") or announced.partition(";")[0].strip()
+    if found:
+        return found
+    return INDEX_TYPE if "manifests" in body else MANIFEST_TYPE
 
 
 def load_object(raw: bytes, what: str) -> dict[str, Any]:

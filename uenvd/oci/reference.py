@@ -6,6 +6,7 @@ Pure: text in, values out. The grammars are those of the OCI distribution specif
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,8 @@ _REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _FALLBACK_TAG = re.compile(r"sha256-[0-9a-f]{64}(?:\..*)?")
+_OWN_TAG_DIGITS = 40
+_OWN_TAG_END = re.compile(rf"[0-9a-f]{{{_OWN_TAG_DIGITS}}}")
 _HOST = re.compile(
     r"(?:[A-Za-z0-9](?:[A-Za-z0-9_-]*[A-Za-z0-9])?)(?:\.[A-Za-z0-9](?:[A-Za-z0-9_-]*[A-Za-z0-9])?)*|\[[0-9A-Fa-f:.]+\]"
 )
@@ -117,13 +120,33 @@ def is_digest(text: str) -> bool:
 
 
 def is_fallback_tag(tag: str) -> bool:
-    """Tell whether ``tag`` belongs to the referrers tag schema (``sha256-<hex>``), not to an image."""
+    """Tell whether ``tag`` belongs to attachments (``sha256-<hex>``, or that and a dot and more), not to an image."""
     return _FALLBACK_TAG.fullmatch(tag) is not None
 
 
 def fallback_tag(digest: str) -> str:
     """Return the tag under which referrers of ``digest`` are listed where a registry has no referrers API."""
     return digest.replace(":", "-", 1)
+
+
+def attachment_tag(subject: str, digest: str) -> str:
+    """Return the tag of its own that an attachment gets: ``sha256-<subject>.<first 40 digits of the attachment>``.
+
+    It keeps the attachment from a clean-up of untagged manifests, and tells, with nothing but the list of tags, to whom it belongs.
+    """
+    return f"{fallback_tag(subject)}.{own_digits(digest)}"
+
+
+def attachments_of(subject: str, tags: Iterable[str]) -> dict[str, str]:
+    """Return, of a list of tags, those that `attachment_tag` made for ``subject``: first 40 digits of the digest -> tag."""
+    begin = fallback_tag(subject) + "."
+    found = ((tag.removeprefix(begin), tag) for tag in tags if tag.startswith(begin))
+    return {digits: tag for digits, tag in found if _OWN_TAG_END.fullmatch(digits)}
+
+
+def own_digits(digest: str) -> str:
+    """Return the part of a digest that is in its `attachment_tag`."""
+    return digest.removeprefix("sha256:")[:_OWN_TAG_DIGITS]
 
 
 def check_reference(repository: str, reference: str) -> None:

@@ -1,25 +1,17 @@
-"""Which manifests refer to a subject: the referrers API, or the tag schema where a registry has none.
+"""Which manifests refer to a subject: the referrers API, or tags where a registry has none (`uenvd.oci.fallback`).
 
-Sources: distribution specification 1.1, "Listing Referrers" and "Referrers Tag Schema"; what hosted registries get wrong is dealt with here.
+Source: distribution specification 1.1, "Listing Referrers"; what hosted registries get wrong is dealt with here.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlencode
 
-from uenvd.errors import ManifestError, NotFound, RegistryError
-from uenvd.oci.manifest import (
-    EMPTY_TYPE,
-    INDEX_TYPE,
-    MAX_MANIFEST_BYTES,
-    Descriptor,
-    parse_index,
-    parse_manifest,
-)
-from uenvd.oci.reference import fallback_tag
+from uenvd.errors import RegistryError
+from uenvd.oci.fallback import by_tags, settled
+from uenvd.oci.manifest import INDEX_TYPE, MAX_MANIFEST_BYTES, Descriptor, parse_index
 from uenvd.oci.transport import Transport, join
 
 if TYPE_CHECKING:
@@ -40,10 +32,8 @@ def list_referrers(
     """Return the referrers of ``digest``, each once, filtered here too: registries may ignore the filter."""
     found = _by_api(http, full_name, digest, artifact_type)
     if found is None:
-        found = _by_tag(remote, repository, digest)
-    unique = {entry.digest: entry for entry in found}
-    settled = [_settle(remote, repository, entry) for entry in unique.values()]
-    return [entry for entry in settled if artifact_type is None or entry.artifact_type == artifact_type]
+        found = by_tags(remote, repository, digest)
+    return settled(remote, repository, found, artifact_type)
 
 
 def _by_api(
@@ -76,23 +66,3 @@ def _by_api(
             break
         url = join(reply, link.group(1))
     return found
-
-
-def _by_tag(remote: RegistryRemote, repository: str, digest: str) -> list[Descriptor]:
-    """Read the index under ``sha256-<hex>``; some registries resolve that tag to the subject itself, which is no list."""
-    try:
-        reply = remote.raw_manifest(repository, fallback_tag(digest))
-        return parse_index(reply.body)
-    except (NotFound, ManifestError):
-        return []
-
-
-def _settle(remote: RegistryRemote, repository: str, entry: Descriptor) -> Descriptor:
-    """Take the artifact type from the manifest where the list has none or only that of its config."""
-    if entry.artifact_type and entry.artifact_type != EMPTY_TYPE:
-        return entry
-    try:
-        manifest = parse_manifest(remote.raw_manifest(repository, entry.digest).body, entry.digest)
-    except (NotFound, ManifestError):
-        return entry
-    return replace(entry, artifact_type=manifest.artifact_type or manifest.config.media_type)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlencode
@@ -34,6 +35,7 @@ from uenvd.oci.manifest import (
     check_digest,
     digest_of,
     load_object,
+    media_type_of,
     parse_manifest,
 )
 from uenvd.oci.reference import (
@@ -47,12 +49,13 @@ from uenvd.oci.reference import (
 from uenvd.oci.referrers import list_referrers
 from uenvd.oci.remote import Progress, never, no_progress
 from uenvd.oci.transport import PIECE_BYTES, Reply, Transport, join
-from uenvd.oci.upload import upload_bytes, upload_file
+from uenvd.oci.upload import mount, upload_bytes, upload_file, upload_stream
 
 MAX_LIST_BYTES: Final = 16 << 20
 MAX_PAGES: Final = 1000
 MAX_ENTRIES: Final = 200_000
 
+_UPDATES: Final = tuple(threading.Lock() for _ in range(64))
 _ACCEPT = ", ".join([MANIFEST_TYPE, DOCKER_MANIFEST_TYPE, INDEX_TYPE, DOCKER_INDEX_TYPE])
 _NEXT = re.compile(r"<([^>]*)>\s*;[^,]*\brel\s*=\s*\"?next\"?")
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
@@ -90,7 +93,11 @@ class RegistryRemote:
         return self._http.watch(seconds, cancelled)
 
     def tags(self, repository: str) -> list[str]:
-        """See `Remote.tags`. Tags of the referrers tag schema are left out."""
+        """See `Remote.tags`."""
+        return [tag for tag in self.every_tag(repository) if not is_fallback_tag(tag)]
+
+    def every_tag(self, repository: str) -> list[str]:
+        """See `Remote.every_tag`."""
         self._check_repository(repository)
         url = self._url(repository, "tags/list")
         try:
@@ -98,7 +105,7 @@ class RegistryRemote:
         except NotFound:
             self._expect_api()
             return []
-        return sorted({tag for tag in found if is_tag(tag) and not is_fallback_tag(tag)})
+        return sorted({tag for tag in found if is_tag(tag)})
 
     def manifest(self, repository: str, reference: str) -> Manifest:
         """See `Remote.manifest`."""
@@ -109,6 +116,11 @@ class RegistryRemote:
             raise ManifestError(
                 f"{self._name(repository, reference)}: {error.message}", hint=error.hint
             ) from error
+
+    def manifest_bytes(self, repository: str, reference: str) -> tuple[bytes, str]:
+        """See `Remote.manifest_bytes`."""
+        reply = self.raw_manifest(repository, reference)
+        return reply.body, media_type_of(reply.body, reply.headers.get("Content-Type", ""))
 
     def resolve(self, repository: str, tag: str) -> str:
         """See `Remote.resolve`."""
@@ -251,10 +263,44 @@ class RegistryRemote:
         upload_bytes(self._http, self.full_name(repository), data, descriptor)
         return descriptor
 
+    def push_stream(
+        self,
+        repository: str,
+        descriptor: Descriptor,
+        pieces: Callable[[], Iterator[bytes]],
+        progress: Progress = no_progress,
+    ) -> None:
+        """See `Remote.push_stream`."""
+        self._check_repository(repository)
+        upload_stream(self._http, self.full_name(repository), pieces, descriptor, progress)
+
+    def mount_blob(self, repository: str, descriptor: Descriptor, source: str) -> bool:
+        """See `Remote.mount_blob`."""
+        self._check_repository(repository)
+        self._check_repository(source)
+        return mount(self._http, self.full_name(repository), self.full_name(source), descriptor)
+
+    def push_attachment(
+        self, repository: str, tag: str, raw: bytes, subject: str, media_type: str = MANIFEST_TYPE
+    ) -> bool:
+        """See `Remote.push_attachment`. The registry says by a header that it has the referrers API ("Pushing Manifests with Subject")."""
+        reply = self._put_manifest(repository, tag, raw, media_type)
+        return reply.headers.get("OCI-Subject", "") == subject
+
+    @contextmanager
+    def updating(self, name: str) -> Iterator[bool]:
+        """See `Remote.updating`. A registry has no locks (docker-registry ignores ``If-Match``): only threads are kept out."""
+        with _UPDATES[hash((str(self.address), name)) % len(_UPDATES)]:
+            yield False
+
     def push_manifest(
         self, repository: str, tag: str | None, raw: bytes, media_type: str = MANIFEST_TYPE
     ) -> str:
         """See `Remote.push_manifest`."""
+        self._put_manifest(repository, tag, raw, media_type)
+        return digest_of(raw)
+
+    def _put_manifest(self, repository: str, tag: str | None, raw: bytes, media_type: str) -> Reply:
         digest = digest_of(raw)
         reference = tag if tag is not None else digest
         check_reference(repository, reference)
@@ -272,7 +318,7 @@ class RegistryRemote:
             raise DigestMismatch(
                 f"{self.address.host} stored the manifest of {repository} as {announced} instead of {digest}"
             )
-        return digest
+        return reply
 
     def close(self) -> None:
         """See `Remote.close`."""

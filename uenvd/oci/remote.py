@@ -47,8 +47,16 @@ class Remote(Protocol):
         """Return the tags of the images, sorted; [] for an unknown repository."""
         ...
 
+    def every_tag(self, repository: str) -> list[str]:
+        """Return all tags, those of attachments too (`uenvd.oci.reference.is_fallback_tag`), sorted; [] for an unknown repository."""
+        ...
+
     def manifest(self, repository: str, reference: str) -> Manifest:
         """Return the manifest under a tag or digest; its digest is checked. Raises `NotFound`."""
+        ...
+
+    def manifest_bytes(self, repository: str, reference: str) -> tuple[bytes, str]:
+        """Return (bytes, media type) of a manifest or an image index, its digest checked. Raises `NotFound`."""
         ...
 
     def resolve(self, repository: str, tag: str) -> str:
@@ -87,6 +95,33 @@ class Remote(Protocol):
         self, repository: str, tag: str | None, raw: bytes, media_type: str = MANIFEST_TYPE
     ) -> str:
         """Store a manifest, under a tag or (None) by its digest only; return the digest."""
+        ...
+
+    def push_stream(
+        self,
+        repository: str,
+        descriptor: Descriptor,
+        pieces: Callable[[], Iterator[bytes]],
+        progress: Progress = no_progress,
+    ) -> None:
+        """Upload a blob from pieces; ``pieces`` is called anew for each attempt. Nothing moves if the blob is there already."""
+        ...
+
+    def mount_blob(self, repository: str, descriptor: Descriptor, source: str) -> bool:
+        """Make a blob of the repository ``source`` one of ``repository`` without moving bytes; tell whether that was possible."""
+        ...
+
+    def push_attachment(
+        self, repository: str, tag: str, raw: bytes, subject: str, media_type: str = MANIFEST_TYPE
+    ) -> bool:
+        """Store a manifest whose subject is ``subject`` under a tag; tell whether the place lists it as a referrer by itself."""
+        ...
+
+    def updating(self, name: str) -> AbstractContextManager[bool]:
+        """Keep others out while what ``name`` stands for is read, changed and written back, as far as the place allows.
+
+        The value is true where that holds for everybody; false where only for the threads of this process.
+        """
         ...
 
     def close(self) -> None:

@@ -5,12 +5,21 @@ One PUT and not chunks: hosted registries limit, mishandle or forget chunks; all
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
-from uenvd.errors import DigestMismatch, NotFound, RegistryError, RegistryUnreachable, UsageError
+from uenvd.errors import (
+    DigestMismatch,
+    NotFound,
+    RegistryDenied,
+    RegistryError,
+    RegistryUnreachable,
+    UenvError,
+    UsageError,
+)
 from uenvd.oci.manifest import Descriptor
 from uenvd.oci.remote import Progress
 from uenvd.oci.transport import Reply, Transport, join
@@ -61,12 +70,83 @@ def upload_file(
     progress(descriptor.size_bytes, descriptor.size_bytes)
 
 
+class StreamBody:
+    """A request body from pieces that can be had again from the beginning: each iteration calls ``pieces`` anew."""
+
+    def __init__(
+        self, pieces: Callable[[], Iterator[bytes]], descriptor: Descriptor, progress: Progress
+    ) -> None:
+        self._pieces = pieces
+        self._descriptor = descriptor
+        self._progress = progress
+
+    def __len__(self) -> int:
+        return self._descriptor.size_bytes
+
+    def __iter__(self) -> Iterator[bytes]:
+        done = 0
+        for piece in self._pieces():
+            yield piece
+            done += len(piece)
+            self._progress(done, self._descriptor.size_bytes)
+
+
+def upload_stream(
+    http: Transport,
+    repository: str,
+    pieces: Callable[[], Iterator[bytes]],
+    descriptor: Descriptor,
+    progress: Progress,
+) -> None:
+    """Upload pieces unless the registry has the blob. ``repository`` is the full name."""
+    _upload(http, repository, StreamBody(pieces, descriptor, progress), descriptor)
+    progress(descriptor.size_bytes, descriptor.size_bytes)
+
+
+def mount(http: Transport, repository: str, source: str, descriptor: Descriptor) -> bool:
+    """Mount a blob from another repository ("Mounting a blob from another repository"); both are full names.
+
+    Only 201 is a mounted blob. Everything else is "not mounted": 202 opens an upload (which is cancelled), and registries answer
+    401, 403, 404 or 405 where they do not mount, or where the token is for one repository only.
+    """
+    if _present(http, repository, descriptor):
+        return True
+    query = urlencode({"mount": descriptor.digest, "from": source})
+    try:
+        reply = http.fetch(
+            "POST",
+            http.url(f"{repository}/blobs/uploads/?{query}"),
+            scope=f"{repository}:push",
+            what=f"mounting {descriptor.digest} from {source}",
+            data=b"",
+            headers={"Content-Length": "0"},
+            accept=frozenset({201, 202}),
+            repeat=False,
+        )
+    except (RegistryDenied, RegistryError):
+        return False
+    if reply.status == 201:
+        return True
+    with suppress(UenvError):
+        http.fetch(
+            "DELETE",
+            join(reply, reply.headers.get("Location", "")),
+            scope=f"{repository}:push",
+            what="the upload that is not needed",
+            accept=frozenset({200, 202, 204, 404, 405}),
+            repeat=False,
+        )
+    return False
+
+
 def upload_bytes(http: Transport, repository: str, data: bytes, descriptor: Descriptor) -> None:
     """Upload bytes unless the registry has the blob. ``repository`` is the full name."""
     _upload(http, repository, data, descriptor)
 
 
-def _upload(http: Transport, repository: str, body: FileBody | bytes, descriptor: Descriptor) -> None:
+def _upload(
+    http: Transport, repository: str, body: FileBody | StreamBody | bytes, descriptor: Descriptor
+) -> None:
     if _present(http, repository, descriptor):
         return
     what = f"the upload of {descriptor.digest} to {repository}"
@@ -96,7 +176,7 @@ def _present(http: Transport, repository: str, descriptor: Descriptor) -> bool:
 
 
 def _attempt(
-    http: Transport, repository: str, body: FileBody | bytes, descriptor: Descriptor, what: str
+    http: Transport, repository: str, body: FileBody | StreamBody | bytes, descriptor: Descriptor, what: str
 ) -> None:
     scope = f"{repository}:push"
     # Without a body, requests sends no Content-Length, which some registries insist on.

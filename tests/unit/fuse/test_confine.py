@@ -31,7 +31,7 @@ def is_open(fd):
 print(json.dumps({
     "ids": [os.getresuid(), os.getresgid(), os.getgroups()],
     "caps": capability_sets(), "bounding": int(status["CapBnd"], 16), "ambient": int(status["CapAmb"], 16),
-    "nnp": status["NoNewPrivs"].strip(), "cwd": os.getcwd(), "sid": os.getsid(0) == os.getpid(),
+    "nnp": status["NoNewPrivs"].strip(), "filter": status["Seccomp"].strip(), "cwd": os.getcwd(), "sid": os.getsid(0) == os.getpid(),
     "core": resource.getrlimit(resource.RLIMIT_CORE), "files": resource.getrlimit(resource.RLIMIT_NOFILE)[1],
     "space": resource.getrlimit(resource.RLIMIT_AS)[1],
     "ignored": [signal.getsignal(s) == signal.SIG_IGN for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)],
@@ -41,9 +41,13 @@ print(json.dumps({
 """
 
 
-def confined(arguments: str, **popen: Any) -> dict[str, Any]:
+WITHOUT_LIBSECCOMP = "import ctypes.util\nctypes.util.find_library = {'c': 'libc.so.6'}.get\n"
+WITHOUT_PYSECCOMP = "import sys\nsys.modules['pyseccomp'] = None\n"
+
+
+def confined(arguments: str, *, prelude: str = "", log: str = "", **popen: Any) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-c", REPORT, arguments],
+        [sys.executable, "-c", prelude + REPORT, arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -51,6 +55,7 @@ def confined(arguments: str, **popen: Any) -> dict[str, Any]:
         **popen,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr == log
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
@@ -70,6 +75,24 @@ def check_doors(told: dict[str, Any]) -> None:
 
 def test_from_root_to_an_unprivileged_user() -> None:
     told = confined(f"dict(uid={NOBODY}, gid={SOMEBODY}, groups=(7, 8))")
+    assert told["ids"] == [[NOBODY] * 3, [SOMEBODY] * 3, [7, 8]]
+    assert told["bounding"] == 0
+    assert told["sid"]
+    assert told["filter"] == "2"
+    check_doors(told)
+
+
+@pytest.mark.parametrize(
+    ("prelude", "reason"),
+    [
+        (WITHOUT_LIBSECCOMP, "Unable to find libseccomp"),
+        (WITHOUT_PYSECCOMP, "import of pyseccomp halted; None in sys.modules"),
+    ],
+)
+def test_without_libseccomp_all_but_the_filter(prelude: str, reason: str) -> None:
+    log = f"system calls are not restricted: {reason}\n"
+    told = confined(f"dict(uid={NOBODY}, gid={SOMEBODY}, groups=(7, 8))", prelude=prelude, log=log)
+    assert told["filter"] == "0"
     assert told["ids"] == [[NOBODY] * 3, [SOMEBODY] * 3, [7, 8]]
     assert told["bounding"] == 0
     assert told["sid"]

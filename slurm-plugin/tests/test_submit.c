@@ -1,0 +1,227 @@
+/* The hooks as srun and sbatch call them. */
+#include "check.h"
+#include "choice.h"
+#include "fake_daemon.h"
+#include "spank_fake.h"
+
+#include <json-c/json.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+int slurm_spank_init(spank_t spank, int argc, char *argv[]);
+int slurm_spank_init_post_opt(spank_t spank, int argc, char *argv[]);
+int slurm_spank_exit(spank_t spank, int argc, char *argv[]);
+
+static struct fake_daemon daemon_;
+static char said[8192];
+
+static const struct act resolves[] = {{.kind = ACT_REQUEST},
+                                      {.kind = ACT_SEND, .text = "{\"ok\":true,\"resolved\":\"app/1@sha256:aa:/m\",\"notes\":[\"a note\"]}\n"},
+                                      {.kind = ACT_END}};
+static const struct act refuses[] = {{.kind = ACT_REQUEST},
+                                     {.kind = ACT_SEND, .text = "{\"ok\":false,\"error\":{\"code\":\"unknown-label\",\"message\":\"no\",\"hint\":\"h\"}}\n"},
+                                     {.kind = ACT_END}};
+
+static void clear_environment(void)
+{
+    static const char *const names[] = {VAR_SPEC, VAR_IMAGES, VAR_VIEW, VAR_OPTION_UENV, VAR_OPTION_VIEW};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        unsetenv(names[i]);
+}
+
+/* Options as Slurm hands them over: first those that the environment holds, then those typed. NULL: not given. */
+static int submit(spank_context_t context, const struct act *script, const char *uenv, const char *view)
+{
+    char socket_argument[200];
+    fake_reset(context);
+    fake.log_fd = memfd_create("log", MFD_CLOEXEC);
+    daemon_start(&daemon_, &script, script ? 1 : 0);
+    snprintf(socket_argument, sizeof socket_argument, "socket=%s", daemon_.settings.socket);
+    char peer[32];
+    snprintf(peer, sizeof peer, "peer_uid=%u", geteuid());
+    char *arguments[] = {socket_argument, peer};
+    CHECK(slurm_spank_init(NULL, 2, arguments) == 0);
+    CHECK(fake.option_count == 2);
+    const char *exported_uenv = getenv(VAR_OPTION_UENV), *exported_view = getenv(VAR_OPTION_VIEW);
+    if (exported_uenv)
+        CHECK(fake_option("uenv", exported_uenv) == 0);
+    if (exported_view)
+        CHECK(fake_option("view", exported_view) == 0);
+    if (uenv)
+        CHECK(fake_option("uenv", uenv) == 0);
+    if (view)
+        CHECK(fake_option("view", view) == 0);
+    int result = slurm_spank_init_post_opt(NULL, 2, arguments);
+    CHECK(slurm_spank_exit(NULL, 2, arguments) == 0);
+    daemon_cancel(&daemon_);
+    ssize_t length = pread(fake.log_fd, said, sizeof said - 1, 0);
+    CHECK(length >= 0);
+    said[length] = '\0';
+    close(fake.log_fd);
+    return result;
+}
+
+static const char *asked(const char *key)
+{
+    static char text[1024];
+    struct json_object *frame = json_tokener_parse(daemon_.requests[0]), *value;
+    bool found = frame && json_object_object_get_ex(frame, key, &value);
+    if (found)
+        snprintf(text, sizeof text, "%s", json_object_get_string(value));
+    json_object_put(frame);
+    return found ? text : NULL;
+}
+
+static void check_exported(const char *spec, const char *images, const char *view)
+{
+    CHECK_TEXT(getenv(VAR_SPEC), spec);
+    CHECK_TEXT(getenv(VAR_IMAGES), images);
+    CHECK_TEXT(getenv(VAR_VIEW), view);
+    CHECK_TEXT(getenv(VAR_OPTION_VIEW), view);
+}
+
+TEST(no_option_no_request)
+{
+    clear_environment();
+    CHECK(submit(S_CTX_LOCAL, NULL, NULL, NULL) == 0);
+    CHECK(daemon_.request_count == 0);
+    check_exported(NULL, NULL, NULL);
+    CHECK_TEXT(said, "");
+}
+
+TEST(resolved_at_submission)
+{
+    static const spank_context_t contexts[] = {S_CTX_LOCAL, S_CTX_ALLOCATOR};
+    for (size_t i = 0; i < 2; i++) {
+        clear_environment();
+        CHECK(submit(contexts[i], resolves, "app/1", "default") == 0);
+        CHECK_TEXT(asked("uenv"), "app/1");
+        CHECK_TEXT(asked("view"), "default");
+        char *here = getcwd(NULL, 0);
+        CHECK_TEXT(asked("cwd"), here);
+        free(here);
+        check_exported("app/1", "app/1@sha256:aa:/m", "default");
+        CHECK_TEXT(getenv(VAR_OPTION_UENV), "app/1");
+        CHECK_TEXT(said, "uenv: a note\n");
+    }
+}
+
+TEST(refused_at_submission)
+{
+    clear_environment();
+    CHECK(submit(S_CTX_LOCAL, refuses, "nope", NULL) == -1);
+    CHECK_TEXT(said, "uenv: no\nuenv: hint: h\n");
+    check_exported(NULL, NULL, NULL);
+}
+
+TEST(last_option_counts)
+{
+    clear_environment();
+    setenv(VAR_OPTION_UENV, "from-the-users-profile", 1);
+    CHECK(submit(S_CTX_LOCAL, resolves, "app/1", NULL) == 0);
+    CHECK_TEXT(asked("uenv"), "app/1");
+}
+
+static void inherit(const char *view)
+{
+    clear_environment();
+    setenv(VAR_SPEC, "app/1", 1);
+    setenv(VAR_IMAGES, "app/1@sha256:old:/m", 1);
+    setenv(VAR_OPTION_UENV, "app/1", 1);
+    if (view) {
+        setenv(VAR_VIEW, view, 1);
+        setenv(VAR_OPTION_VIEW, view, 1);
+    }
+}
+
+TEST(inherited_image_is_not_asked_for_again)
+{
+    inherit("default");
+    CHECK(submit(S_CTX_LOCAL, NULL, NULL, NULL) == 0);
+    check_exported("app/1", "app/1@sha256:old:/m", "default");
+    CHECK(submit(S_CTX_LOCAL, NULL, "app/1", NULL) == 0);
+    CHECK(submit(S_CTX_LOCAL, NULL, "app/1", "default") == 0);
+    check_exported("app/1", "app/1@sha256:old:/m", "default");
+    unsetenv(VAR_OPTION_UENV);
+    unsetenv(VAR_OPTION_VIEW);
+    CHECK(submit(S_CTX_LOCAL, NULL, NULL, NULL) == 0);
+    CHECK_TEXT(getenv(VAR_IMAGES), "app/1@sha256:old:/m");
+    CHECK(submit(S_CTX_LOCAL, NULL, "app/1", NULL) == 0);
+    check_exported("app/1", "app/1@sha256:old:/m", "default");
+}
+
+TEST(another_view_of_the_inherited_image)
+{
+    inherit("default");
+    CHECK(submit(S_CTX_LOCAL, resolves, NULL, "develop") == 0);
+    CHECK_TEXT(asked("uenv"), "app/1@sha256:old:/m");
+    CHECK_TEXT(asked("view"), "develop");
+    check_exported("app/1", "app/1@sha256:aa:/m", "develop");
+}
+
+TEST(another_image_drops_the_inherited_view)
+{
+    inherit("default");
+    CHECK(submit(S_CTX_LOCAL, resolves, "other", NULL) == 0);
+    CHECK_TEXT(asked("uenv"), "other");
+    CHECK_TEXT(asked("view"), NULL);
+    check_exported("other", "app/1@sha256:aa:/m", NULL);
+    CHECK_TEXT(getenv(VAR_OPTION_UENV), "other");
+    inherit("default");
+    CHECK(submit(S_CTX_LOCAL, resolves, "other", "default") == 0);
+    CHECK_TEXT(asked("view"), "default");
+}
+
+TEST(relative_path_is_asked_for_again_when_typed)
+{
+    inherit(NULL);
+    setenv(VAR_SPEC, "a,./x.squashfs", 1);
+    setenv(VAR_OPTION_UENV, "a,./x.squashfs", 1);
+    CHECK(submit(S_CTX_LOCAL, NULL, NULL, NULL) == 0);
+    CHECK(daemon_.request_count == 0);
+    CHECK(submit(S_CTX_LOCAL, resolves, "a,./x.squashfs", NULL) == 0);
+    CHECK(daemon_.request_count == 1);
+}
+
+TEST(none_drops_everything)
+{
+    inherit("default");
+    CHECK(submit(S_CTX_LOCAL, NULL, "none", NULL) == 0);
+    check_exported(NULL, NULL, NULL);
+    CHECK_TEXT(getenv(VAR_OPTION_UENV), "none");
+    CHECK(submit(S_CTX_ALLOCATOR, NULL, NULL, NULL) == 0);
+    CHECK(submit(S_CTX_LOCAL, NULL, NULL, "default") == -1);
+    CHECK_TEXT(said, "uenv: --uenv=none has no views\nuenv: hint: leave out --view, or name an image\n");
+}
+
+TEST(view_without_image)
+{
+    clear_environment();
+    CHECK(submit(S_CTX_ALLOCATOR, NULL, NULL, "default") == -1);
+    CHECK_TEXT(said, "uenv: --view needs an image\nuenv: hint: add --uenv=LABEL\n");
+}
+
+TEST(list_too_long_for_an_environment)
+{
+    static char answer[140000] = "{\"ok\":true,\"resolved\":\"";
+    size_t used = strlen(answer);
+    memset(answer + used, 'x', 135000);
+    strcpy(answer + used + 135000, "\"}\n");
+    const struct act script[] = {{.kind = ACT_REQUEST}, {.kind = ACT_SEND, .text = answer}, {.kind = ACT_END}};
+    clear_environment();
+    CHECK(submit(S_CTX_LOCAL, script, "app/1", NULL) == -1);
+    CHECK(strstr(said, "too long for a job's environment"));
+}
+
+TEST(other_contexts_do_nothing)
+{
+    static const spank_context_t contexts[] = {S_CTX_SLURMD, S_CTX_JOB_SCRIPT, S_CTX_ERROR};
+    char *arguments[] = {"nonsense"};
+    for (size_t i = 0; i < sizeof contexts / sizeof *contexts; i++) {
+        fake_reset(contexts[i]);
+        CHECK(slurm_spank_init(NULL, 1, arguments) == 0);
+        CHECK(slurm_spank_init_post_opt(NULL, 1, arguments) == 0);
+        CHECK(slurm_spank_exit(NULL, 1, arguments) == 0);
+        CHECK(fake.option_count == 0);
+    }
+}
