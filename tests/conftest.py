@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# A tmpfs, which /tmp may be, does not say whether a read would wait (RWF_NOWAIT); the disk does, as the cache of a real node.
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/var/tmp")
+
 
 @pytest.fixture
 def public_dir() -> Iterator[Path]:

@@ -29,6 +29,7 @@ ARCHITECTURES: Final = {
 }
 """Microarchitecture label -> machine name as of uname(2). ``architectures:`` adds to it."""
 
+
 @dataclass(frozen=True)
 class RegistryConfig:
     """Where images come from."""

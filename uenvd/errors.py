@@ -277,6 +277,29 @@ class ReportError(UenvError):
     default_hint = "reports are what ReFrame writes with --report-file"
 
 
+class RecipeError(UenvError):
+    """A recipe is wrong; the message names file, line and key."""
+
+    code = "recipe"
+    exit_status = 96
+    default_hint = "docs/recipes.md describes recipes"
+
+
+class BuildFailed(UenvError):
+    """The image could not be built."""
+
+    code = "build-failed"
+    exit_status = 97
+
+
+class AuditFailed(UenvError):
+    """The image depends on the machine that built it, or on what its hosts may not have."""
+
+    code = "audit-failed"
+    exit_status = 98
+    default_hint = "docs/recipes.md says what each finding means and what to do about it"
+
+
 def _tree(root: type[UenvError]) -> list[type[UenvError]]:
     found = [root]
     for child in root.__subclasses__():

@@ -18,6 +18,14 @@ from uenvd.errors import ConfigError, UenvError
 T = TypeVar("T")
 
 
+class BadItem(ValueError):
+    """One item of a list cannot be converted; ``line`` says which."""
+
+    def __init__(self, message: str, line: int) -> None:
+        super().__init__(message)
+        self.line = line
+
+
 class Dialect(NamedTuple):
     """What the readers of one kind of file share."""
 
@@ -99,9 +107,7 @@ class Section:
 
     def section(self, key: str) -> Section:
         """Return the mapping under a key, empty if it is not there."""
-        return Section(
-            self.file, f"{self.prefix}{key}.", self.node(key), self.line_of(key), self._dialect
-        )
+        return Section(self.file, f"{self.prefix}{key}.", self.node(key), self.line_of(key), self._dialect)
 
     def take(self, key: str, convert: Callable[[yaml.Node], T], default: T | None) -> T:
         """Return a converted value, or the default. A ValueError of the conversion becomes the dialect's error."""
@@ -110,6 +116,8 @@ class Section:
             return default  # type: ignore[return-value]  # None only where T admits it
         try:
             return convert(node)
+        except BadItem as error:
+            self.fail(key, str(error), line=error.line)
         except ValueError as error:
             self.fail(key, str(error))
 
@@ -165,14 +173,25 @@ def items(node: yaml.Node) -> list[yaml.Node]:
     return list(node.value)
 
 
+def each(node: yaml.Node, convert: Callable[[yaml.Node], T]) -> tuple[T, ...]:
+    """Convert every item of a list; an error is about the line of the item."""
+    found = []
+    for item in items(node):
+        try:
+            found.append(convert(item))
+        except ValueError as error:
+            raise BadItem(str(error), line_of(item)) from error
+    return tuple(found)
+
+
 def words(node: yaml.Node) -> tuple[str, ...]:
     """Convert a list of names."""
-    return tuple(word(item) for item in items(node))
+    return each(node, word)
 
 
 def texts(node: yaml.Node) -> tuple[str, ...]:
     """Convert a list of texts."""
-    return tuple(text(item) for item in items(node))
+    return each(node, text)
 
 
 def word_map(node: yaml.Node) -> dict[str, str]:

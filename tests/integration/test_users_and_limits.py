@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import support.daemon
 from support.daemon import Client, Daemon, running_daemon
 from support.fusetools import NOBODY, run_as, session, until
 from support.publishing import Publisher, simple_image
@@ -43,11 +45,25 @@ for request in requests:
 """
 
 
+def harness_for_all(daemon: Daemon) -> str:
+    """Copy the client to where every user can import it, wherever the checkout is; return the directory for sys.path."""
+    directory = daemon.workdir / "harness" / "support"
+    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    shutil.copy(support.daemon.__file__, directory / "daemon.py")
+    return str(directory.parent)
+
+
 def ask_as(uid: int, daemon: Daemon, *requests: dict[str, Any]) -> list[dict[str, Any]]:
     """Ask on one connection as another user."""
-    tests = str(Path(__file__).parent.parent)
     done = subprocess.run(
-        [sys.executable, "-c", ASK, tests, str(daemon.socket_path), *map(json.dumps, requests)],
+        [
+            sys.executable,
+            "-c",
+            ASK,
+            harness_for_all(daemon),
+            str(daemon.socket_path),
+            *map(json.dumps, requests),
+        ],
         user=uid,
         group=uid,
         extra_groups=[],
@@ -208,9 +224,16 @@ def test_a_session_keeps_its_groups(daemon: Daemon, public_dir: Path) -> None:
         mine.touch()
         os.chown(mine, user.uid, user.gid)
         (project,) = user.groups
-        tests = str(Path(__file__).parent.parent)
         done = subprocess.run(
-            [sys.executable, "-c", IDMAP, tests, str(daemon.socket_path), str(project), str(mine)],
+            [
+                sys.executable,
+                "-c",
+                IDMAP,
+                harness_for_all(daemon),
+                str(daemon.socket_path),
+                str(project),
+                str(mine),
+            ],
             user=user.uid,
             group=user.gid,
             extra_groups=[project],

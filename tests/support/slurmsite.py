@@ -126,7 +126,7 @@ def _make_images(cluster: Cluster) -> None:
 
 
 def built_plugin() -> Path:
-    """Build the plugin if its sources changed, return it. Skips the test where it cannot be built."""
+    """Build the plugin if its sources changed, return it. Fails the test where it cannot be built."""
     done = subprocess.run(
         ["make", "-C", str(CHECKOUT / "slurm-plugin")], capture_output=True, text=True, check=False
     )

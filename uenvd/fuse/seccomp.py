@@ -33,7 +33,7 @@ _REFUSED = {
         socket connect bind listen accept accept4 shmget shmat msgget semget mq_open""",
     "changes of files": """
         creat unlink unlinkat rmdir rename renameat renameat2 link linkat symlink symlinkat mkdir mkdirat mknod mknodat
-        chmod fchmod fchmodat chown fchown lchown fchownat truncate ftruncate
+        chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat truncate ftruncate
         setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr utime utimes utimensat futimesat""",
     "namespaces and mounts": """
         mount umount2 pivot_root chroot setns unshare

@@ -46,8 +46,6 @@ REFRAME_TYPE: Final = "uenv/reframe"
 """A report of ReFrame (JSON of ``--report-file``; CSCS attaches JUnit XML), passing or not."""
 WAIVER_TYPE: Final = "uenv/waiver"
 """Why an image was deployed without tests: JSON."""
-TESTED: Final = "dev.uenvd.tested.digest"
-"""Annotation of a report: the digest of the manifest whose image was mounted and tested."""
 
 TARBALL_TYPE: Final = "application/vnd.oci.image.layer.v1.tar+gzip"
 JSON_TYPE: Final = "application/json"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from uenvd.errors import DigestMismatch, ManifestError
+from uenvd.oci.chunks import ChunkList
 from uenvd.oci.reference import is_digest
 from uenvd.views import ImageMeta
 
@@ -95,6 +96,8 @@ class ImageConfig:
     image_digest: str | None = None
     """Digest of the squashfs file that `meta` was read from."""
     image_size_bytes: int | None = None
+    chunks: ChunkList | None = None
+    """What verifies parts of the squashfs file; None in images that were pushed without."""
 
     def encode(self) -> bytes:
         """Return the blob; equal values give equal bytes."""
@@ -107,6 +110,8 @@ class ImageConfig:
             body["created"] = self.created
         if self.image_digest is not None:
             body["image"] = {"digest": self.image_digest, "size": self.image_size_bytes}
+        if self.chunks is not None:
+            body["chunks"] = self.chunks.to_json()
         return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -246,6 +251,9 @@ def parse_config(raw: bytes) -> ImageConfig | None:
         image = parse_descriptor(
             {"mediaType": SQUASHFS_TYPE, **image} if isinstance(image, dict) else image, "the image"
         )
+    chunks = None
+    if body.get("chunks") is not None and image is not None:
+        chunks = ChunkList.from_json(body["chunks"], image.size_bytes)
     meta = body.get("meta")
     try:
         parsed = None if meta is None else ImageMeta.from_wire(meta)
@@ -259,6 +267,7 @@ def parse_config(raw: bytes) -> ImageConfig | None:
         created=_text(body, "created", "the config blob"),
         image_digest=None if image is None else image.digest,
         image_size_bytes=None if image is None else image.size_bytes,
+        chunks=chunks,
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from uenvd.errors import FormatError, UsageError
+from uenvd.oci.chunks import ChunkList, chunk_list
 from uenvd.squashfs import Image, Inode, Kind, ReadAt
 from uenvd.views import MAX_FILE_BYTES, ImageMeta, read_image_meta
 
@@ -33,6 +34,7 @@ class Contents:
     """Of most of the programs looked at; None if there are none."""
     created: str
     """RFC 3339, from the superblock, so that one file always gives one manifest."""
+    chunks: ChunkList
 
 
 def read_contents(path: Path) -> Contents:
@@ -58,7 +60,10 @@ def read_contents(path: Path) -> Contents:
 
         created = datetime.fromtimestamp(image.superblock.mkfs_time_s, UTC)
         return Contents(
-            read_image_meta(read_file), _architecture(image, read), created.strftime("%Y-%m-%dT%H:%M:%SZ")
+            read_image_meta(read_file),
+            _architecture(image, read),
+            created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            chunk_list(image, read, os.fstat(fd).st_size),
         )
     except FormatError as error:
         raise FormatError(f"{path}: {error.message}", hint=error.hint) from error

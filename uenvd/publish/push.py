@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Final
 
 from uenvd.config import ARCHITECTURES
-from uenvd.errors import NotFound, UsageError, WrongArchitecture
+from uenvd.errors import FormatError, NotFound, UsageError, WrongArchitecture
 from uenvd.label import Label, parse_namespaced_label
 from uenvd.oci.manifest import (
     CONFIG_TYPE,
     LAYER_TITLE,
+    MAX_CONFIG_BYTES,
     SQUASHFS_TYPE,
     TITLE,
     Descriptor,
@@ -25,8 +26,9 @@ from uenvd.oci.manifest import (
 from uenvd.oci.reference import is_fallback_tag, is_tag, repository_of
 from uenvd.oci.remote import Progress, Remote
 from uenvd.publish.contents import read_contents
+from uenvd.publish.options import BUILD, DEPLOY
 
-DEFAULT_NAMESPACE: Final = "deploy"
+DEFAULT_NAMESPACE: Final = DEPLOY
 MOVING_TAGS: Final = frozenset({"latest"})
 """Tags that are meant to move; any other keeps the image that it was first given, unless forced."""
 _HASH_BYTES: Final = 1 << 20
@@ -107,7 +109,7 @@ def push_image(
     hashing: Progress,
     progress: Progress,
 ) -> Pushed:
-    """Push a squashfs file: layer, config blob, manifest, and last the tags.
+    """Push a squashfs file: layer, config blob, manifest, and last the tags. Tags in ``build`` are never overwritten, not by ``force``.
 
     The manifest depends on the file only, so pushing one file twice changes nothing. Raises `FormatError` for what is no
     squashfs, `WrongArchitecture` if the programs in it are not for the label's microarchitecture, `UsageError` if a tag belongs
@@ -120,8 +122,13 @@ def push_image(
     _check_architecture(target, architecture)
     layer = describe(path, hashing)
     config = ImageConfig(
-        contents.meta, architecture, contents.created, layer.digest, layer.size_bytes
+        contents.meta, architecture, contents.created, layer.digest, layer.size_bytes, contents.chunks
     ).encode()
+    if len(config) > MAX_CONFIG_BYTES:
+        raise FormatError(
+            f"{path}: its metadata and chunk list need {len(config)} bytes, more than the {MAX_CONFIG_BYTES} of a config blob",
+            hint="has meta/env.json views with very long lists?",
+        )
     config_descriptor = Descriptor(CONFIG_TYPE, digest_of(config), len(config))
     annotations = {"org.opencontainers.image.title": contents.meta.name} if contents.meta else {}
     raw = build_manifest(layer, config_descriptor, annotations, created=contents.created)
@@ -132,6 +139,7 @@ def push_image(
     remote.push_bytes(target.repository, config, CONFIG_TYPE)
     for tag in tags:
         remote.push_manifest(target.repository, tag, raw)
+        check_kept(remote, target.repository, tag, digest_of(raw))
     notes = []
     if contents.meta is None:
         notes.append(
@@ -179,7 +187,7 @@ def _check_architecture(target: Target, architecture: str | None) -> None:
 
 
 def _check_free(remote: Remote, repository: str, tag: str, digest: str, force: bool) -> None:
-    if force or tag in MOVING_TAGS:
+    if (force and namespace_of(repository) != BUILD) or tag in MOVING_TAGS:
         return
     try:
         there = remote.resolve(repository, tag)
@@ -188,5 +196,24 @@ def _check_free(remote: Remote, repository: str, tag: str, digest: str, force: b
     if there != digest:
         raise UsageError(
             f"{repository}:{tag} is another image already ({there})",
-            hint="tags other than latest do not move: choose a new tag, or overwrite it with --force",
+            hint="a tag in build/ belongs to one pipeline for ever: choose a new one"
+            if namespace_of(repository) == BUILD
+            else "tags other than latest do not move: choose a new tag, or overwrite it with --force",
         )
+
+
+def check_kept(remote: Remote, repository: str, tag: str, digest: str) -> None:
+    """Raise `UsageError` if somebody else took the tag at the same moment: registries know no "only if it is free"."""
+    if tag in MOVING_TAGS:
+        return
+    there = remote.resolve(repository, tag)
+    if there != digest:
+        raise UsageError(
+            f"{repository}:{tag} was given to another image at the same moment ({there})",
+            hint="somebody publishes under the same label; settle who is meant, and choose another tag",
+        )
+
+
+def namespace_of(repository: str) -> str:
+    """Return the first part of a repository's name."""
+    return repository.partition("/")[0]

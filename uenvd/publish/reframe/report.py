@@ -16,17 +16,14 @@ from typing import Any, Final
 
 from uenvd.errors import ReportError
 
-REPORT_TYPE: Final = "uenv/reframe"
-"""Artifact type of an attached report."""
-REPORT_MEDIA_TYPE: Final = "application/json"
 MAX_REPORT_BYTES: Final = 64 << 20
 MAX_CASES: Final = 100_000
 
-TESTED: Final = "uenv.test.digest"
-"""Annotation: digest of the manifest of the image that was tested."""
-VERDICT: Final = "uenv.test.verdict"
+TESTED: Final = "dev.uenvd.tested.digest"
+"""Annotation: digest of the manifest whose image was mounted and tested."""
+VERDICT: Final = "dev.uenvd.tested.verdict"
 """Annotation: ``pass``, ``fail`` or ``waived``."""
-WAIVED: Final = "uenv.test.waived"
+WAIVED: Final = "dev.uenvd.tested.waived"
 """Annotation: why tests that are missing do not matter, in somebody's words."""
 
 PASSING: Final = frozenset({"pass", "xfail"})
@@ -158,7 +155,7 @@ def parse(raw: bytes) -> dict[str, Any]:
         raise ReportError("the report is no JSON") from error
     info = document.get("session_info") if isinstance(document, dict) else None
     runs = document.get("runs") if isinstance(document, dict) else None
-    if not isinstance(info, dict) or not isinstance(runs, list):
+    if not isinstance(document, dict) or not isinstance(info, dict) or not isinstance(runs, list):
         raise ReportError("the report has no session_info and runs: it is not one of ReFrame's")
     version = str(info.get("data_version"))
     if not re.fullmatch(r"[34]\.\d+(\.\d+)?", version):
@@ -264,6 +261,35 @@ def empty_report(version: str, when_unix_s: float) -> bytes:
         **_PRIVATE_INFO,
     }
     return json.dumps({"session_info": info, "runs": [], "restored_cases": []}).encode()
+
+
+def with_problem(raw: bytes, name: str, reason: str) -> bytes:
+    """Return the report with one more test case that was aborted: what happened to the session itself. Raises `ReportError`."""
+    document = parse(raw)
+    if not document["runs"]:
+        document["runs"].append({**dict.fromkeys(_COUNTS, 0), "run_index": 0, "testcases": []})
+    first = document["runs"][0]
+    first["testcases"].append(
+        {
+            "name": name,
+            "unique_name": name,
+            "display_name": name,
+            "filename": "",
+            "system": "",
+            "partition": "",
+            "environ": "",
+            "result": "abort",
+            "fail_phase": "session",
+            "fail_reason": reason,
+            "job_completion_time_unix": None,
+            "time_total": None,
+            "perfvalues": {},
+        }
+    )
+    for counts in (first, document["session_info"]):
+        counts["num_cases"] = len(first["testcases"])
+        counts["num_aborted"] = counts.get("num_aborted", 0) + 1
+    return json.dumps(document).encode()
 
 
 def cleaned(raw: bytes, private: Mapping[str, str]) -> bytes:

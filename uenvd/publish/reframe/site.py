@@ -214,9 +214,7 @@ def wanted_views(site: Site, environment: TestEnvironment) -> tuple[ViewName, ..
     return views
 
 
-def view_commands(
-    meta: ImageMeta | None, views: Sequence[ViewName], environ: Mapping[str, str]
-) -> list[str]:
+def view_commands(meta: ImageMeta | None, views: Sequence[ViewName], environ: Mapping[str, str]) -> list[str]:
     """Return shell lines that do to ``environ`` what the views do. Raises `UnknownView`."""
     ops = view_ops(select_views([(None, meta)], views, use_default=False))
     lines = []

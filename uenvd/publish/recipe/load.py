@@ -1,0 +1,198 @@
+"""A recipe's directory -> `Recipe`. Every error names file, line and key."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+import yaml
+
+from uenvd import yamlfile as y
+from uenvd.errors import RecipeError, UsageError
+from uenvd.publish.recipe import environments, stackinator
+from uenvd.publish.recipe.lockfile import read_interpreter_lock, read_requirements
+from uenvd.publish.recipe.model import (
+    DEFAULT_MOUNT,
+    Builder,
+    Environment,
+    PythonBuild,
+    Recipe,
+    ReframeEnvironment,
+)
+from uenvd.publish.recipe.python import OUR_FORMAT, python_build
+from uenvd.views import clean_mount
+
+DIALECT: Final = y.Dialect(RecipeError, "docs/recipes.md")
+MAX_FILE_BYTES: Final = 1 << 20
+
+
+def load_recipe(directory: Path) -> Recipe:
+    """Read and check a recipe. Raises `UsageError` if there is none, `RecipeError` for what is wrong in it."""
+    directory = directory.absolute()
+    if not directory.is_dir():
+        raise UsageError(
+            f"{directory} is no directory",
+            hint="a recipe is a directory with config.yaml and environments.yaml",
+        )
+    for forbidden in ("mirrors.yaml",):
+        if (directory / forbidden).exists():
+            raise RecipeError(
+                f"{directory / forbidden}:1: a recipe cannot bring its own mirrors; remove the file"
+            )
+    config = _document(directory, "config.yaml", required=True)
+    builder: Builder = config.take("builder", _builder, "stackinator")
+    name = config.need("name", y.word)
+    version = _version(directory, name)
+    mount = config.take("store", _mount, DEFAULT_MOUNT)
+    description: str | None = config.take("description", _optional_text, None)
+    default_view: str | None = config.take("default-view", _optional_text, None)
+    python: PythonBuild | None = None
+    compilers: tuple[str, ...] = ()
+    if builder == "python":
+        python = python_build(config)
+        config.end()
+        recipe_format = OUR_FORMAT
+        if (directory / "compilers.yaml").exists():
+            raise RecipeError(
+                f"{directory / 'compilers.yaml'}:1: the builder 'python' has no compilers: everything comes as wheels",
+                hint="remove the file, or the line  builder: python  from config.yaml",
+            )
+        found = environments.for_python(_document(directory, "environments.yaml", required=True))
+        _check_locks(directory, python, found)
+    else:
+        compilers_file = _document(directory, "compilers.yaml", required=True)
+        environments_file = _document(directory, "environments.yaml", required=True)
+        generation = stackinator.generation(config, compilers_file)
+        stackinator.check_config(config, generation)
+        compilers = stackinator.compilers(compilers_file, generation)
+        found = stackinator.environments(environments_file, generation, compilers)
+        recipe_format = stackinator.describe(config, generation, found)
+    _check_views(directory, found, default_view, config)
+    reframe = _reframe(directory, found)
+    return Recipe(
+        directory, name, version, builder, recipe_format, mount, description or "", default_view, compilers, found, reframe,
+        python,
+    )  # fmt: skip
+
+
+def _document(directory: Path, name: str, *, required: bool) -> y.Section:
+    path = directory / name
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise RecipeError(f"{path}:1: is longer than {MAX_FILE_BYTES} bytes")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if not required:
+            return y.Section(str(path), "", None, 1, DIALECT)
+        raise RecipeError(f"{path}: no such file, and a recipe needs one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    return y.Section(str(path), "", y.compose(text, str(path), DIALECT), 1, DIALECT)
+
+
+def _builder(node: yaml.Node) -> Builder:
+    value = y.text(node)
+    if value == "python":
+        return "python"
+    if value == "stackinator":
+        return "stackinator"
+    raise ValueError(f"{value!r} is no builder; there are: python, stackinator")
+
+
+def _mount(node: yaml.Node) -> str:
+    mount = clean_mount(y.text(node))
+    if mount is None:
+        raise ValueError(f"{node.value!r} is no absolute path of a directory")
+    return mount
+
+
+def _optional_text(node: yaml.Node) -> str | None:
+    return None if y.is_null(node) else y.text(node)
+
+
+def _version(directory: Path, name: str) -> str:
+    """Return the image's version: the directory's name, or its parent's in ``name/version/uarch``."""
+    versioned = directory.parent if directory.parent.parent.name == name else directory
+    version = versioned.name
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", version):
+        raise RecipeError(
+            f"{directory}: the directory's name is the version of the image, and {version!r} cannot be one",
+            hint="a recipe lies in NAME/VERSION or NAME/VERSION/UARCH",
+        )
+    return version
+
+
+def _check_views(
+    directory: Path, found: tuple[Environment, ...], default_view: str | None, config: y.Section
+) -> None:
+    path = directory / "environments.yaml"
+    seen: dict[str, int] = {}
+    for environment in found:
+        for view in environment.views:
+            if view.name in seen:
+                raise RecipeError(
+                    f"{path}:{view.line}: {environment.name}.views.{view.name}: "
+                    f"there is a view of this name already (line {seen[view.name]})"
+                )
+            seen[view.name] = view.line
+    if default_view is not None and default_view not in {*seen, "modules", "spack"}:
+        config.fail("default-view", f"there is no view {default_view!r}", hint=f"views: {', '.join(seen)}")
+
+
+def _check_locks(directory: Path, python: PythonBuild, found: tuple[Environment, ...]) -> None:
+    """See that the lock files can be read and pin what the environments ask for."""
+    read_interpreter_lock(directory / python.interpreter)
+    for environment in found:
+        pinned = read_requirements(directory / environment.requirements)
+        for spec in environment.specs:
+            name, _, version = spec.partition("==")
+            there = pinned.get(_canonical(name))
+            if there is None or (version and version != there):
+                raise RecipeError(
+                    f"{directory / 'environments.yaml'}:{environment.line}: {environment.name}.specs: {spec!r} is "
+                    + ("not" if there is None else f"pinned to {there}")
+                    + f" in {environment.requirements}",
+                    hint="the lock file has every wheel, one  name==version --hash=sha256:...  a line",
+                )
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
+
+
+def _reframe(directory: Path, found: tuple[Environment, ...]) -> tuple[ReframeEnvironment, ...]:
+    """Read ``extra/reframe.yaml``; the views that it names must exist."""
+    document = _document(directory / "extra", "reframe.yaml", required=False)
+    known = {view.name for environment in found for view in environment.views}
+    result = []
+    for name in document:
+        section = document.section(name)
+
+        def view(node: yaml.Node) -> str:
+            value = y.text(node)
+            if value not in known | {"modules", "spack"}:
+                raise ValueError(f"there is no view {value!r} (there are: {', '.join(sorted(known))})")
+            return value
+
+        result.append(
+            ReframeEnvironment(
+                name=name,
+                line=document.line_of(name),
+                features=section.take("features", y.texts, ()),
+                cc=section.take("cc", _optional_text, None),
+                cxx=section.take("cxx", _optional_text, None),
+                ftn=section.take("ftn", _optional_text, None),
+                views=section.take("views", lambda node: y.each(node, view), ()),
+                activation=section.take("activation", y.texts, ()),
+                extras=section.take("extras", _extras, {}),
+            )
+        )
+        section.end()
+    return tuple(result)
+
+
+def _extras(node: yaml.Node) -> dict[str, str]:
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError("must be a mapping")  # noqa: TRY004
+    return {y.text(key): y.text(value) for key, value in node.value}
