@@ -8,7 +8,6 @@ Every step says what it does, checks what came out and how long it took. Exit st
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import signal
@@ -93,22 +92,20 @@ class Demo:
     # ---- the site
 
     def build_image(self) -> None:
-        """Build the image unless one of the same inputs is in the cache."""
-        inputs = b"".join(path.read_bytes() for path in sorted(RECIPE.iterdir()) if path.is_file())
-        inputs += subprocess.check_output(["dpkg-query", "-W", "-f", "${Version}", "python3.11-minimal"])
-        self.image = (
-            CACHE / "images" / f"python-sci-2026.11-{hashlib.sha256(inputs).hexdigest()[:16]}.squashfs"
-        )
-        if self.image.exists():
-            print(f"    it is in {CACHE} already")
-            return
-        self.image.parent.mkdir(parents=True, exist_ok=True)
-        # The user's python, not the environment's: the image holds a copy of the one that builds it.
-        built = subprocess.run(
-            ["/usr/bin/python3", RECIPE / "build.py", "--output", self.image, "--cache", CACHE], check=False
-        )
-        if built.returncode != 0:
-            raise DemoError("the image could not be built")
+        """Build the image from its recipe; downloads stay in the cache, and so does the image as long as its recipe is the same."""
+        command: list[str | Path] = [
+            PROGRAMS / "uenvd-publish",
+            "build",
+            RECIPE,
+            "--out",
+            CACHE / "images",
+            "--cache",
+            CACHE,
+        ]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        show(f"uenvd-publish build {RECIPE.relative_to(CHECKOUT)} --out images", done.stdout)
+        check(done.returncode == 0, "the image is built from pinned inputs and passes the audit")
+        self.image = Path(done.stdout.split()[0])
 
     def publish(self) -> None:
         """Push the image as the site's staff would."""

@@ -300,6 +300,13 @@ class AuditFailed(UenvError):
     default_hint = "docs/recipes.md says what each finding means and what to do about it"
 
 
+class DeployRefused(UenvError):
+    """The image may not be deployed: its tests did not pass or were not run, or the tag is another image's."""
+
+    code = "deploy-refused"
+    exit_status = 110
+
+
 def _tree(root: type[UenvError]) -> list[type[UenvError]]:
     found = [root]
     for child in root.__subclasses__():

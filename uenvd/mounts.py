@@ -25,7 +25,10 @@ from contextlib import contextmanager, suppress
 from uenvd.errors import MountFailed, ResourceMissing
 
 CLONE_NEWNS = 0x0002_0000
+CLONE_NEWUTS = 0x0400_0000
+CLONE_NEWIPC = 0x0800_0000
 CLONE_NEWUSER = 0x1000_0000
+CLONE_NEWNET = 0x4000_0000
 
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
@@ -51,7 +54,7 @@ _OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 _MOVE_MOUNT_F_EMPTY_PATH = 0x04
 _MOVE_MOUNT_T_EMPTY_PATH = 0x40
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
-_MS_REC, _MS_PRIVATE, _MS_SLAVE, _MS_SHARED = 1 << 14, 1 << 18, 1 << 19, 1 << 20
+_MS_BIND, _MS_REC, _MS_PRIVATE, _MS_SLAVE, _MS_SHARED = 1 << 12, 1 << 14, 1 << 18, 1 << 19, 1 << 20
 
 # Numbers from 424 on are the same on every architecture.
 _SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_MOUNT_SETATTR = (
@@ -141,11 +144,31 @@ def make_private(path: PathLike) -> None:
 
 
 def mount_tmpfs(
-    path: PathLike, *, mode: int = 0o755, size_bytes: int = 1 << 20, source: str = "uenvd"
+    path: PathLike,
+    *,
+    mode: int = 0o755,
+    size_bytes: int = 1 << 20,
+    source: str = "uenvd",
+    executable: bool = False,
 ) -> None:
-    """Mount an empty tmpfs (nosuid, nodev, noexec) of at most ``size_bytes`` at ``path``. Raises `OSError`."""
+    """Mount an empty tmpfs (nosuid, nodev, noexec unless ``executable``) of at most ``size_bytes`` at ``path``. Raises `OSError`."""
     data = f"mode={mode:o},size={size_bytes}".encode()
-    _mount(source.encode(), path, b"tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, data)
+    flags = _MS_NOSUID | _MS_NODEV | (0 if executable else _MS_NOEXEC)
+    _mount(source.encode(), path, b"tmpfs", flags, data)
+
+
+def bind_recursive(source: PathLike, target: PathLike) -> None:
+    """Show ``source``, with all mounts below it, also at ``target``, which is of the same kind (directory or not). Raises `OSError`."""
+    _mount(os.fsencode(source), target, None, _MS_BIND | _MS_REC, None)
+
+
+def pivot_root(new_root: PathLike, old_root: PathLike) -> None:
+    """Make the mount ``new_root`` the root of this namespace and put the former one at ``old_root`` below it. Raises `OSError`.
+
+    Unlike chroot(2) this leaves the process free to make user namespaces (user_namespaces(7)).
+    """
+    if _libc.pivot_root(os.fsencode(new_root), os.fsencode(old_root)) != 0:
+        raise _fail(os.fsencode(new_root))
 
 
 def mount_setattr(

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -285,24 +285,28 @@ def test_a_password_in_netrc_is_not_sent(tmp_path: Path, monkeypatch: pytest.Mon
 # --- layouts --------------------------------------------------------------------------------------------------------------------
 
 
-def push_many(path: str, worker: int) -> None:
-    remote = open_remote(parse_registry(path))
-    config = remote.push_bytes(REPOSITORY, f"config {worker}".encode(), CONFIG_TYPE)
-    for number in range(10):
-        raw = build_manifest(config, config, {"number": str(number)})
-        remote.push_manifest(REPOSITORY, f"w{worker}-{number}", raw)
-        remote.push_manifest(REPOSITORY, "shared", raw)
+PUSH_MANY = """
+import sys
+from uenvd.oci.manifest import CONFIG_TYPE, build_manifest
+from uenvd.oci.reference import parse_registry
+from uenvd.oci.remote import open_remote
+path, repository, worker = sys.argv[1:]
+remote = open_remote(parse_registry(path))
+config = remote.push_bytes(repository, f"config {worker}".encode(), CONFIG_TYPE)
+for number in range(10):
+    raw = build_manifest(config, config, {"number": str(number)})
+    remote.push_manifest(repository, f"w{worker}-{number}", raw)
+    remote.push_manifest(repository, "shared", raw)
+"""
 
 
 def test_processes_push_into_one_layout_at_once(tmp_path: Path) -> None:
     path = f"oci-layout:{tmp_path}/layout"
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=push_many, args=(path, number)) for number in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+    workers = [
+        subprocess.Popen([sys.executable, "-c", PUSH_MANY, path, REPOSITORY, str(number)])
+        for number in range(4)
+    ]
+    assert [worker.wait(60) for worker in workers] == [0, 0, 0, 0]
     tags = open_remote(parse_registry(path)).tags(REPOSITORY)
     assert tags == sorted([f"w{worker}-{number}" for worker in range(4) for number in range(10)] + ["shared"])
 

@@ -64,6 +64,14 @@ class RegistryMemory:
         """Return (repositories, when they were listed)."""
         return _texts(self._recall(f"repositories {prefix}"))
 
+    def remember_document(self, name: str, document: object, when_s: float) -> None:
+        """Note a JSON value that the registry has under a name of the caller's."""
+        self._remember(f"document {name}", document, when_s)
+
+    def recall_document(self, name: str) -> tuple[Any, float] | None:
+        """Return (JSON value, when it was read); the caller checks it."""
+        return self._recall(f"document {name}")
+
     def sweep(self) -> None:
         """Remove the files of answers that are too old. Raises `OSError`."""
         for path in self._root.glob("*.json"):

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import trio
@@ -19,7 +19,7 @@ import trio
 from uenvd.cache.store import Store
 from uenvd.config import Config
 from uenvd.daemon import resolution
-from uenvd.daemon.resolution import Found, Repository
+from uenvd.daemon.resolution import Found, Listed, Repository
 from uenvd.errors import (
     AccessDenied,
     ManifestError,
@@ -30,8 +30,11 @@ from uenvd.errors import (
     UenvError,
 )
 from uenvd.label import Label
+from uenvd.oci.attach import attached_meta
+from uenvd.oci.index import SystemIndex, decode_index, read_index
 from uenvd.oci.manifest import (
     CONFIG_TYPE,
+    CREATED,
     MAX_CONFIG_BYTES,
     Descriptor,
     ImageConfig,
@@ -41,6 +44,7 @@ from uenvd.oci.manifest import (
 )
 from uenvd.oci.reference import repository_of
 from uenvd.oci.remote import Remote
+from uenvd.views import ImageMeta
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +70,8 @@ class Image:
     raw_config: bytes | None
     """Our config blob as it was pushed; None for an image of a stock client."""
     config: ImageConfig | None
+    attached: ImageMeta | None = None
+    """Metadata that a stock client attached. Not pinned by the digest: what the image says itself goes before it."""
 
 
 class Question:
@@ -128,9 +134,38 @@ class Catalogue:
         """
         resolution.need_name(asked)
         wanted = self._complete(asked)
-        repositories = await self._candidates(wanted, question)
-        found: list[Found] = []
         known: dict[str, Sequence[str]] = {}
+        direct = self._direct(wanted)
+        candidates = direct or resolution.matching(wanted, await self._repositories(wanted, question))
+        found = await self._look(wanted, candidates, known, question)
+        if not found and not direct:
+            # The index names what was deployed; what others pushed is in the registry's own list only.
+            unlisted = await self._unlisted(wanted, candidates, question)
+            found = await self._look(wanted, unlisted, known, question)
+        if not found:
+            known |= await self._others(wanted, question)
+        image = await self.image(resolution.choose(asked, found, known), question)
+        self._warn(image.found, question)
+        await trio.to_thread.run_sync(self._note, image)
+        return image
+
+    def _warn(self, found: Found, question: Question) -> None:
+        """Tell the user of a deprecation, if that is known already: it is not worth a question to the registry."""
+        label = found.repository.label
+        index, _when_s = self._answers.get(("index", f"{label.namespace}/{label.system}"), (None, 0.0))
+        entry = index.entries.get((found.repository.path, found.digest)) if index is not None else None
+        if entry is not None and entry.deprecated:
+            question.note(f"{found.label._replace(namespace=None)} is deprecated: {entry.deprecated}")
+
+    async def _look(
+        self,
+        wanted: Label,
+        repositories: Sequence[Repository],
+        known: dict[str, Sequence[str]],
+        question: Question,
+    ) -> list[Found]:
+        """Return the tags (or the digest) of repositories that decide what a label means; note all their tags in ``known``."""
+        found: list[Found] = []
         for repository in repositories:
             if wanted.digest is not None:
                 if await self._has_manifest(repository, wanted.digest, question):
@@ -144,11 +179,19 @@ class Catalogue:
                     for tag in resolution.tags_to_ask(wanted, tags)
                 ]
             )
-        if not found:
-            known |= await self._others(wanted, question)
-        image = await self.image(resolution.choose(asked, found, known), question)
-        await trio.to_thread.run_sync(self._note, image)
-        return image
+        return found
+
+    async def _unlisted(
+        self, wanted: Label, seen: Sequence[Repository], question: Question
+    ) -> list[Repository]:
+        """Return the repositories that may hold what the index does not name; [] where the registry has no list."""
+        if await self._index(wanted, question) is None:
+            return []
+        try:
+            paths = await self._listed_repositories(wanted, question)
+        except UenvError:
+            return []
+        return [repository for repository in resolution.matching(wanted, paths) if repository not in seen]
 
     def _note(self, image: Image) -> None:
         """Keep the manifest of a resolved image on disk: after a restart the label resolves also without the registry."""
@@ -164,11 +207,58 @@ class Catalogue:
     async def image(self, found: Found, question: Question) -> Image:
         """Return an image with its manifest and metadata."""
         manifest, raw_config = await self._manifest(found.repository.path, found.digest, question)
-        return make_image(found, manifest, raw_config)
+        image = make_image(found, manifest, raw_config)
+        if raw_config is not None:
+            return image
+        return replace(image, attached=await self._attached_meta(found, question))
 
-    async def find(self, wanted: Label, question: Question) -> list[Found]:
-        """Return every tagged image that a label with any fields missing may mean; the name is a prefix."""
+    async def _attached_meta(self, found: Found, question: Question) -> ImageMeta | None:
+        """Return what a stock client attached; without an answer in time the image is as one without metadata."""
+        memory, name = self._store.memory, f"meta {found.digest}"
+
+        def recall() -> tuple[ImageMeta | None, float] | None:
+            known = memory.recall_document(name)
+            try:
+                return None if known is None else (ImageMeta.from_wire(known[0]), known[1])
+            except (ValueError, TypeError, KeyError):
+                return None
+
+        def remember(meta: ImageMeta | None, when_s: float) -> None:
+            memory.remember_document(name, None if meta is None else meta.to_wire(), when_s)
+
+        try:
+            return await self._remembered(
+                ("meta", found.digest),
+                question,
+                ask=lambda: attached_meta(self._remote, found.repository.path, found.digest),
+                recall=recall,
+                remember=remember,
+            )
+        except UenvError as error:
+            log.info("the attachments of %s cannot be read: %s", found.label, error)
+            return None
+
+    async def listing(self, wanted: Label, question: Question) -> list[Listed]:
+        """Return every tagged image that a label with any fields missing may mean; the name is a prefix.
+
+        From the index (one question to the registry), or where there is none from the registry's lists (one for each image).
+        """
         wanted = self._complete(wanted)
+        index = await self._index(wanted, question)
+        if index is not None:
+            return resolution.listed(wanted, index)
+        listed = []
+        for found in await self._find(wanted, question):
+            try:
+                manifest, raw_config = await self._manifest(found.repository.path, found.digest, question)
+                image = make_image(found, manifest, raw_config)
+            except UenvError as error:
+                question.note(f"{found.label}: {error.message}")
+                continue
+            listed.append(listed_image(image))
+        return listed
+
+    async def _find(self, wanted: Label, question: Question) -> list[Found]:
         repositories = resolution.matching(
             wanted, await self._repositories(wanted, question), name_prefix=True
         )
@@ -190,17 +280,17 @@ class Catalogue:
             )
         return wanted._replace(namespace=namespace, system=wanted.system or self._config.system)
 
-    async def _candidates(self, wanted: Label, question: Question) -> list[Repository]:
-        """Return the repositories to look into: named directly where the label says enough, else from the catalogue."""
+    def _direct(self, wanted: Label) -> list[Repository]:
+        """Return the repositories to look into where the label says enough to name them; [] where it does not."""
         uarchs = (wanted.uarch,) if wanted.uarch is not None else self._config.uarchs
-        if wanted.version is not None and wanted.system != "*" and uarchs:
-            assert wanted.namespace is not None and wanted.system is not None and wanted.name is not None
-            paths = [
-                repository_of(wanted.namespace, wanted.system, str(uarch), wanted.name, wanted.version)
-                for uarch in uarchs
-            ]
-            return resolution.matching(wanted, paths)
-        return resolution.matching(wanted, await self._repositories(wanted, question))
+        if wanted.version is None or wanted.system == "*" or not uarchs:
+            return []
+        assert wanted.namespace is not None and wanted.system is not None and wanted.name is not None
+        paths = [
+            repository_of(wanted.namespace, wanted.system, str(uarch), wanted.name, wanted.version)
+            for uarch in uarchs
+        ]
+        return resolution.matching(wanted, paths)
 
     async def _others(self, wanted: Label, question: Question) -> dict[str, Sequence[str]]:
         """Return what the system has besides, for a hint; nothing when that is not known at once."""
@@ -216,6 +306,50 @@ class Catalogue:
     # --- questions to the registry, and what is remembered of the answers ---------------------------------------------
 
     async def _repositories(self, wanted: Label, question: Question) -> list[str]:
+        """Return the repositories of a system: those that its index names, or those that the registry lists."""
+        index = await self._index(wanted, question)
+        return (
+            index.repositories() if index is not None else await self._listed_repositories(wanted, question)
+        )
+
+    async def _index(self, wanted: Label, question: Question) -> SystemIndex | None:
+        """Return the index of a label's system (`uenvd.oci.index`); None where there is none, or the label means all systems."""
+        namespace, system = wanted.namespace, wanted.system
+        if namespace is None or system is None or system == "*":
+            return None
+        memory, name = self._store.memory, f"index {namespace}/{system}"
+
+        def ask() -> SystemIndex | None:
+            try:
+                return read_index(self._remote, namespace, system)
+            except NotFound:
+                return None
+            except ManifestError as error:
+                log.warning("the index of %s/%s is not used: %s", namespace, system, error)
+                return None
+
+        def recall() -> tuple[SystemIndex | None, float] | None:
+            known = memory.recall_document(name)
+            try:
+                return (
+                    None if known is None else (decode_index(known[0].encode(), namespace, system), known[1])
+                )
+            except (ManifestError, AttributeError):
+                return None
+
+        def remember(index: SystemIndex | None, when_s: float) -> None:
+            memory.remember_document(name, None if index is None else index.encode().decode(), when_s)
+
+        try:
+            return await self._remembered(
+                ("index", f"{namespace}/{system}"), question, ask=ask, recall=recall, remember=remember
+            )
+        except UenvError as error:
+            # The lists may still be remembered; if not, asking for them says the same.
+            log.info("the index of %s/%s cannot be read: %s", namespace, system, error)
+            return None
+
+    async def _listed_repositories(self, wanted: Label, question: Question) -> list[str]:
         prefix = f"{wanted.namespace}/" if wanted.system == "*" else f"{wanted.namespace}/{wanted.system}/"
         return await self._remembered(
             ("repositories", prefix),
@@ -361,6 +495,12 @@ def make_image(found: Found, manifest: Manifest, raw_config: bytes | None) -> Im
         except ManifestError as error:
             log.warning("the metadata of %s is unusable: %s", manifest.digest, error)
     return Image(found, manifest, squashfs_layer(manifest), raw_config, config)
+
+
+def listed_image(image: Image) -> Listed:
+    """Return what a list says of an image that is known down to its layer."""
+    date = image.manifest.annotations.get(CREATED) or (image.config.created if image.config else None)
+    return Listed(image.found, image.layer.digest, image.layer.size_bytes, date)
 
 
 def _first_line(error: UenvError) -> str:

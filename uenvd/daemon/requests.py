@@ -34,6 +34,11 @@ class Wanted:
     @property
     def meta(self) -> ImageMeta | None:
         """The metadata, as far as the registry tells."""
+        return self.pinned_meta or (self.image.attached if self.image else None)
+
+    @property
+    def pinned_meta(self) -> ImageMeta | None:
+        """The metadata that the digest vouches for."""
         return self.image.config.meta if self.image and self.image.config else None
 
     @property

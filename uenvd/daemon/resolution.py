@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from uenvd.errors import AmbiguousLabel, LabelError, UnknownLabel
 from uenvd.label import Label
+from uenvd.oci.index import SystemIndex
 from uenvd.oci.reference import is_fallback_tag, split_repository
 
 LATEST = "latest"
@@ -46,6 +47,39 @@ class Found:
     def label(self) -> Label:
         """The full label, without the digest."""
         return self.repository.label._replace(tag=self.tag)
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One tag of an image, as a list knows it: by the index, or by its manifest."""
+
+    found: Found
+    layer_digest: str
+    size_bytes: int
+    date: str | None
+    """RFC 3339."""
+    deprecated: str | None = None
+    """Why it should not be used any more."""
+
+
+def listed(wanted: Label, index: SystemIndex) -> list[Listed]:
+    """Return the tagged images of an index that a label with any fields missing may mean; the name is a prefix."""
+    rows = []
+    for repository in matching(wanted, index.repositories(), name_prefix=True):
+        for entry in index.of_repository(repository.path):
+            if wanted.digest in {None, entry.digest}:
+                rows += [
+                    Listed(
+                        Found(repository, tag, entry.digest),
+                        entry.layer_digest,
+                        entry.size_bytes,
+                        entry.date,
+                        entry.deprecated,
+                    )
+                    for tag in image_tags(entry.tags)
+                    if wanted.tag in {None, tag}
+                ]
+    return sorted(rows, key=lambda row: (row.found.repository.path, row.found.tag or ""))
 
 
 def matching(wanted: Label, repositories: Iterable[str], *, name_prefix: bool = False) -> list[Repository]:

@@ -21,18 +21,18 @@ from uenvd import __version__, mounts, protocol
 from uenvd.cache.store import Store
 from uenvd.config import Config
 from uenvd.daemon import requests, resolution
-from uenvd.daemon.catalogue import Catalogue, Image, Question, make_image
+from uenvd.daemon.catalogue import Catalogue, Image, Question, listed_image, make_image
 from uenvd.daemon.control import Answer, Connection
 from uenvd.daemon.peer import Identity, identity_of
 from uenvd.daemon.pulls import Pulls
 from uenvd.daemon.requests import Wanted
+from uenvd.daemon.resolution import Listed
 from uenvd.daemon.served import BlobSource, FileSource, Served, ServedImages
 from uenvd.errors import (
     AccessDenied,
     LimitExceeded,
     MountConflict,
     SessionError,
-    UenvError,
     UsageError,
 )
 from uenvd.label import ViewName, parse_descriptions, parse_namespaced_label
@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 _MOUNT_BUDGET_S: Final = 2.0
 _SLOW_BUDGET_S: Final = 30.0
+_SHOWN_DEPRECATIONS: Final = 5
 
 
 @dataclass(eq=False)
@@ -143,30 +144,17 @@ class Service:
     async def _find(self, request: Request) -> Answer:
         question = self._catalogue.question(refresh=request.refresh, budget_s=_SLOW_BUDGET_S)
         wanted = parse_namespaced_label(request.uenv)
-        records = []
-        for found in await self._catalogue.find(wanted, question):
-            try:
-                image = await self._catalogue.image(found, question)
-            except UenvError as error:
-                question.note(f"{found.label}: {error.message}")
-                continue
-            records.append(await self._record(image))
-        return Answer(protocol.success(records=records, notes=question.notes))
+        listed = await self._catalogue.listing(wanted, question)
+        for one in [one for one in listed if one.deprecated][:_SHOWN_DEPRECATIONS]:
+            question.note(f"{one.found.label._replace(namespace=None)} is deprecated: {one.deprecated}")
+        return Answer(protocol.success(records=await self._records(listed), notes=question.notes))
 
-    async def _record(self, image: Image) -> dict[str, Any]:
-        label = image.found.label
-        return {
-            "name": label.name,
-            "version": label.version,
-            "tag": label.tag,
-            "system": label.system,
-            "uarch": label.uarch,
-            "namespace": label.namespace,
-            "digest": image.found.digest,
-            "size_bytes": image.layer.size_bytes,
-            "date": _date(image),
-            "cached": await self._is_cached(image),
-        }
+    async def _records(self, listed: Sequence[Listed]) -> list[dict[str, Any]]:
+        digests = {one.layer_digest for one in listed}
+        cached = await trio.to_thread.run_sync(
+            lambda: {digest for digest in digests if self._store.has(digest)}
+        )
+        return [_record(one, cached=one.layer_digest in cached) for one in listed]
 
     async def _images(self, request: Request) -> Answer:
         wanted = parse_namespaced_label(request.uenv)
@@ -177,7 +165,14 @@ class Service:
             for image, pinned in stored
             if wanted.matches(image.found.label._replace(digest=image.found.digest), name_prefix=True)
         ]
-        records = [await self._record(image) | {"pinned": pinned} for image, pinned in matching]
+        records = [
+            record | {"pinned": pinned}
+            for record, (_image, pinned) in zip(
+                await self._records([listed_image(image) for image, _pinned in matching]),
+                matching,
+                strict=True,
+            )
+        ]
         return Answer(protocol.success(records=records, notes=[]))
 
     def _stored_images(self) -> list[tuple[Image, bool]]:
@@ -200,9 +195,8 @@ class Service:
         image = wanted.image
         if image is None:
             raise UsageError("uenvd inspects images of the registry only", hint="uenvctl reads a file itself")
-        meta = wanted.meta or next(
-            (served.meta for served in self._served if served.digest == wanted.digest), None
-        )
+        read = next((served.meta for served in self._served if served.digest == wanted.digest), None)
+        meta = wanted.pinned_meta or read or wanted.meta
         uarch = image.found.repository.label.uarch
         architecture = (image.config.architecture if image.config else None) or self._config.architecture_of(
             uarch
@@ -477,8 +471,8 @@ class Service:
 
 
 def _best_meta(wanted: Wanted, served: Served) -> ImageMeta | None:
-    """Prefer what the registry tells (pinned by the digest that was asked for) to what the worker read."""
-    return wanted.meta or served.meta
+    """Prefer what the config blob tells (pinned by the digest that was asked for), then what the worker read, then an attachment."""
+    return wanted.pinned_meta or served.meta or wanted.meta
 
 
 def _progress(lease: Lease) -> protocol.Frame:
@@ -493,6 +487,23 @@ def _progress(lease: Lease) -> protocol.Frame:
 
 def _pulling(label: str, done_bytes: int, total_bytes: int) -> str:
     return f"pulling {label}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB"
+
+
+def _record(listed: Listed, *, cached: bool) -> dict[str, Any]:
+    label = listed.found.label
+    record: dict[str, Any] = {
+        "name": label.name,
+        "version": label.version,
+        "tag": label.tag,
+        "system": label.system,
+        "uarch": label.uarch,
+        "namespace": label.namespace,
+        "digest": listed.found.digest,
+        "size_bytes": listed.size_bytes,
+        "date": listed.date,
+        "cached": cached,
+    }
+    return record if listed.deprecated is None else record | {"deprecated": listed.deprecated}
 
 
 def _date(image: Image) -> str | None:

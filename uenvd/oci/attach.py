@@ -36,9 +36,16 @@ from uenvd.oci.manifest import (
     digest_of,
     parse_manifest,
 )
-from uenvd.oci.metadata import UNPACK, UNPACKED_DIGEST, pack_directory
+from uenvd.oci.metadata import (
+    MAX_PACKED_BYTES,
+    UNPACK,
+    UNPACKED_DIGEST,
+    pack_directory,
+    read_packed_meta,
+)
 from uenvd.oci.reference import attachment_tag, fallback_tag, is_digest
 from uenvd.oci.remote import Progress, Remote, no_progress
+from uenvd.views import ImageMeta
 
 META_TYPE: Final = "uenv/meta"
 """The directory ``meta`` of an image and what its build left: a gzipped tar archive."""
@@ -51,6 +58,7 @@ TARBALL_TYPE: Final = "application/vnd.oci.image.layer.v1.tar+gzip"
 JSON_TYPE: Final = "application/json"
 
 _ROUNDS: Final = 12
+_MAX_METAS: Final = 4
 _FIRST_PAUSE_S: Final = 0.2
 _LONGEST_PAUSE_S: Final = 2.0
 
@@ -133,6 +141,24 @@ def link(remote: Remote, repository: str, subject_digest: str, raws: Sequence[by
             unlisted.append(entry_of(manifest))
     if unlisted:
         _list_under_tag(remote, repository, subject_digest, unlisted)
+
+
+def attached_meta(remote: Remote, repository: str, digest: str) -> ImageMeta | None:
+    """Return the metadata that a stock client attached (``uenv/meta``), the newest that can be read; None without.
+
+    Unlike what is in a config blob it is not pinned by the image's digest: it says what whoever may write to the repository says.
+    """
+    for manifest in attachments(remote, repository, digest, META_TYPE)[:_MAX_METAS]:
+        for layer in manifest.layers[:_MAX_METAS]:
+            if layer.size_bytes > MAX_PACKED_BYTES:
+                continue
+            try:
+                found = read_packed_meta(remote.small_blob(repository, layer, MAX_PACKED_BYTES))
+            except (ManifestError, NotFound):
+                continue
+            if found is not None:
+                return found
+    return None
 
 
 def _list_under_tag(remote: Remote, repository: str, subject: str, mine: Sequence[Descriptor]) -> None:

@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Final
 
 from uenvd.errors import ManifestError, NotFound, RegistryError
@@ -30,7 +31,8 @@ from uenvd.oci.remote import Remote
 INDEX_ARTIFACT: Final = "application/vnd.uenvd.index"
 INDEX_LAYER: Final = "application/vnd.uenvd.index.v1+json"
 INDEX_NAME: Final = "index"
-INDEX_TAG: Final = "latest"
+LATEST: Final = "latest"
+INDEX_TAG: Final = LATEST
 MAX_INDEX_BYTES: Final = 8 << 20
 MAX_ENTRIES: Final = 20_000
 MAX_TEXT: Final = 4096
@@ -115,11 +117,18 @@ class SystemIndex:
 
     def of_repository(self, repository: str) -> list[Entry]:
         """Return the images of one repository."""
-        return [entry for key, entry in sorted(self.entries.items()) if key[0] == repository]
+        return self._by_repository.get(repository, [])
 
     def repositories(self) -> list[str]:
         """Return the repositories that have images, sorted."""
-        return sorted({repository for repository, _digest in self.entries})
+        return list(self._by_repository)
+
+    @cached_property
+    def _by_repository(self) -> dict[str, list[Entry]]:
+        found: dict[str, list[Entry]] = {}
+        for key in sorted(self.entries):
+            found.setdefault(key[0], []).append(self.entries[key])
+        return found
 
 
 def index_repository(namespace: str, system: str) -> str:

@@ -30,6 +30,26 @@ class Command(NamedTuple):
 
 
 COMMANDS: Final[dict[str, Command]] = {
+    "validate": Command(
+        "uenvd.publish.validate",
+        "check recipes without building them",
+        "uenvd-publish validate recipes/python-sci/2026.11",
+    ),
+    "lock": Command(
+        "uenvd.publish.lock",
+        "pin the Debian packages of a recipe to what apt offers now",
+        "uenvd-publish lock recipes/python-sci/2026.11",
+    ),
+    "build": Command(
+        "uenvd.publish.build_command",
+        "build the image of a recipe",
+        "uenvd-publish build recipes/python-sci/2026.11 --out images",
+    ),
+    "audit": Command(
+        "uenvd.publish.audit_command",
+        "see what in an image depends on the machine that built it",
+        "uenvd-publish audit images/python-sci-2026.11.squashfs",
+    ),
     "push": Command(
         "uenvd.publish.push_command",
         "push a squashfs file under a label",
@@ -54,6 +74,16 @@ COMMANDS: Final[dict[str, Command]] = {
         "uenvd.publish.copy",
         "copy an image, with what is attached to it, within or between registries",
         "uenvd-publish copy -r build::app/1.0:4711@daint%gh200 test::app/1.0:v1@daint%gh200",
+    ),
+    "test": Command(
+        "uenvd.publish.test",
+        "test an image with ReFrame and attach the report",
+        "uenvd-publish test app/1.0:4711@daint%gh200",
+    ),
+    "run": Command(
+        "uenvd.publish.run",
+        "build a recipe, push, test and, if asked, deploy the image",
+        "uenvd-publish run recipes/app/1.0 --system daint --uarch gh200 --deploy v1",
     ),
     "deploy": Command(
         "uenvd.publish.deploy",
@@ -126,7 +156,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
             name,
             help=command.summary,
             description=command.summary[:1].upper() + command.summary[1:] + ".",
-            epilog=f"example: {command.example.replace('%', '%%')}",
+            epilog=f"example: {command.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )

@@ -134,7 +134,7 @@ def push_image(
     raw = build_manifest(layer, config_descriptor, annotations, created=contents.created)
     tags = dict.fromkeys([target.reference, *also_tags])
     for tag in tags:
-        _check_free(remote, target.repository, tag, digest_of(raw), force)
+        check_free(remote, target.repository, tag, digest_of(raw), force)
     remote.push_blob(target.repository, path, layer, progress)
     remote.push_bytes(target.repository, config, CONFIG_TYPE)
     for tag in tags:
@@ -157,7 +157,7 @@ def move_tag(remote: Remote, target: Target, tag: str, *, force: bool = False) -
     check_tag(tag)
     manifest = remote.manifest(target.repository, target.reference)
     squashfs_layer(manifest)
-    _check_free(remote, target.repository, tag, manifest.digest, force)
+    check_free(remote, target.repository, tag, manifest.digest, force)
     return remote.push_manifest(target.repository, tag, manifest.raw, manifest.media_type)
 
 
@@ -186,7 +186,8 @@ def _check_architecture(target: Target, architecture: str | None) -> None:
         )
 
 
-def _check_free(remote: Remote, repository: str, tag: str, digest: str, force: bool) -> None:
+def check_free(remote: Remote, repository: str, tag: str, digest: str, force: bool) -> None:
+    """Refuse a tag that is another image's. Raises `UsageError`."""
     if (force and namespace_of(repository) != BUILD) or tag in MOVING_TAGS:
         return
     try:

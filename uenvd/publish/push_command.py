@@ -16,6 +16,7 @@ from uenvd.publish.options import (
     parse_site_label,
 )
 from uenvd.publish.push import MOVING_TAGS, push_image, target_of
+from uenvd.publish.releases import refresh_repository
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             hashing=reporter("hashing"),
             progress=reporter("pushing"),
         )
+        refresh_repository(remote, target.repository, say, fresh=[pushed.digest], create=False)
     for note in pushed.notes:
         say(f"note: {note}")
     tags = ", ".join([target.reference, *arguments.also_tag])

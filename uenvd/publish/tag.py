@@ -9,6 +9,7 @@ from uenvd.errors import NotFound, UnknownLabel
 from uenvd.publish.console import say, show
 from uenvd.publish.options import add_registry_options, add_site_options, open_registry, parse_site_label
 from uenvd.publish.push import MOVING_TAGS, move_tag, target_of
+from uenvd.publish.releases import refresh_repository
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise UnknownLabel(
                 f"there is no such image: {error.message}", hint="check the label and the registry"
             ) from error
+        refresh_repository(remote, target.repository, say, create=False)
     say(f"{target.repository}:{arguments.tag} is now {digest}")
     show(digest)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,12 +14,13 @@ from typing import Final, Literal
 
 from uenvd.cache.pull import pull_blob
 from uenvd.cache.store import Store
-from uenvd.errors import ResourceMissing, TestsFailed, UnknownLabel, UsageError
 from uenvd.errors import NotFound as NotInRegistry
+from uenvd.errors import ResourceMissing, TestsFailed, UnknownLabel, UsageError
 from uenvd.oci.attach import REFRAME_TYPE, attach, json_content
 from uenvd.oci.manifest import Manifest, squashfs_layer
-from uenvd.oci.reference import is_digest, split_repository
+from uenvd.oci.reference import split_repository
 from uenvd.oci.remote import Progress, Remote, never
+from uenvd.publish import mountpoint
 from uenvd.publish.push import Target
 from uenvd.publish.reframe.environments import IMAGE_FILE, TESTS_DIRECTORY, TestEnvironment
 from uenvd.publish.reframe.extras import Extras, read_extras
@@ -97,7 +99,7 @@ def resolve(remote: Remote, target: Target) -> Manifest:
     return manifest
 
 
-def test_image(
+def examine(
     remote: Remote, target: Target, wishes: Wishes, *, say: Callable[[str], None], progress: Progress
 ) -> Tested:
     """Test an image and attach the report, whatever it says.
@@ -121,11 +123,8 @@ def test_image(
     attachment = attach(
         remote, target.repository, manifest.digest, REFRAME_TYPE, [json_content(REPORT_TITLE, report)], notes
     )
-    failures = "\n\n".join(filter(None, (failure_info(outcome.log) for outcome in outcomes)))
+    failures = "\n\n".join(filter(None, map(failure_info, outcomes)))
     return Tested(manifest.digest, judge(report), waived, report, attachment, mounted, failures)
-
-
-test_image.__test__ = False  # type: ignore[attr-defined]  # for pytest, which takes every function of this name for a test
 
 
 def require_pass(tested: Tested) -> None:
@@ -210,38 +209,56 @@ def _plan(target: Target, manifest: Manifest, image: Path, wishes: Wishes) -> _P
     )
 
 
+@dataclass(frozen=True)
+class _Session:
+    """One run of ReFrame."""
+
+    site: Site
+    environments: Sequence[TestEnvironment]
+    entry: tuple[str, ...] = ()
+    source: str | None = None
+
+
 def _run(
     remote: Remote, plan: _Plan, wishes: Wishes, say: Callable[[str], None]
 ) -> tuple[str, list[Outcome]]:
     """Run the sessions: with the image and, where environments say so, without; return how it was mounted and what came of them."""
     with_uenv = [one for one in plan.environments if one.uenv]
     without = [one for one in plan.environments if not one.uenv]
+    sessions: list[_Session]
     if wishes.slurm:
-        source = f"uenvd:{plan.manifest.digest}"
         jobs = SlurmJobs(
-            plan.label, source, wishes.slurm_options, wishes.partition, _slurm_backend(plan.environ)
+            plan.label,
+            f"uenvd:{plan.manifest.digest}",
+            wishes.slurm_options,
+            wishes.partition,
+            _slurm_backend(plan.environ),
         )
         site = _site(plan, wishes, "slurm", jobs)
-        sessions = [(site, list(plan.environments), (), None)]
+        sessions = [_Session(site, plan.environments)]
         mounted = f"--uenv={plan.label}"
     else:
-        entry, source, mounted = _entry(remote, plan, wishes, say) if with_uenv else ((), None, "nowhere")
-        sessions = [(_site(plan, wishes, "uenv", None), with_uenv, entry, source)]
+        sessions, mounted = [], "nowhere"
+        if with_uenv or not without:
+            site = _site(plan, wishes, "uenv", None)
+            entry, source, mounted = _entry(remote, plan, wishes, say)
+            sessions.append(_Session(site, with_uenv, entry, source))
         if without:
-            sessions.append((_site(plan, wishes, "host", None), without, (), None))
-    for site, environments, _entry_words, _source in sessions:
-        for environment in environments:
-            wanted_views(site, environment)
+            sessions.append(_Session(_site(plan, wishes, "host", None), without))
+    for session in sessions:
+        for environment in session.environments:
+            wanted_views(session.site, environment)
     outcomes = []
-    for site, environments, entry_words, source in sessions:
-        say(f"running ReFrame {'in ' + mounted if source or site.slurm else 'without any uenv'}")
+    for session in sessions:
+        inside = session.source is not None or session.site.slurm is not None
+        say(f"running ReFrame with the image in {mounted}" if inside else "running ReFrame without any uenv")
         outcomes.append(
             run_session(
-                site,
-                environments,
+                session.site,
+                session.environments,
                 plan.tests,
-                entry=entry_words,
-                source=source,
+                entry=session.entry,
+                source=session.source,
                 limit_s=wishes.limit_s,
                 say=say,
             )
@@ -324,7 +341,7 @@ def _entry(
     link.symlink_to(plan.image) if not link.is_symlink() else None
     words = (*uenvctl, f"./image.squashfs:{plan.mount}", "--")
     return (
-        (*_mount_point(plan.mount), *words),
+        (*mountpoint.words(plan.mount, plan.workdir / "root"), *words),
         f"uenvd:{os.path.realpath(plan.image)}",
         "a mount of the user's own",
     )
@@ -341,7 +358,10 @@ def _refusal(remote: Remote, plan: _Plan) -> str | None:
         return "it does not answer"
     if done.returncode != 0:
         return _said(done.stderr)
-    if str(remote.address) not in done.stdout:
+    status = json.loads(done.stdout)
+    if status["daemon"] is None:
+        return str(status["error"])
+    if status["daemon"].get("registry") != str(remote.address):
         return "it uses another registry"
     command = [sys.executable, "-I", "-m", "uenvd.ctl.main", "image", "inspect", plan.label]
     try:
@@ -357,11 +377,6 @@ def _said(stderr: str) -> str:
     """Return the first line of a program's complaint, without the program's name."""
     line = next((line for line in stderr.splitlines() if line.strip()), "it gave no reason")
     return line.partition(": ")[2] or line
-
-
-def _mount_point(mount: str) -> Sequence[str]:
-    """Return the words that make a mount point which this machine has not, in a namespace of one's own; none if it is there."""
-    return ()
 
 
 def _slurm_backend(environ: Mapping[str, str]) -> Literal["slurm", "squeue"]:
@@ -381,8 +396,3 @@ def _slurm_backend(environ: Mapping[str, str]) -> Literal["slurm", "squeue"]:
     except (OSError, subprocess.TimeoutExpired):
         return "squeue"
     return "slurm" if done.returncode == 0 else "squeue"
-
-
-def check_digest_text(text: str) -> str:
-    """Return a label's text for what a user typed: a bare ``sha256:…`` is ``@sha256:…``."""
-    return f"@{text}" if is_digest(text) else text

@@ -5,8 +5,7 @@ from uenvd.publish.recipe.model import (
     Environment,
     PythonBuild,
     Recipe,
-    ReframeEnvironment,
     View,
 )
 
-__all__ = ["Environment", "PythonBuild", "Recipe", "ReframeEnvironment", "View", "load_recipe"]
+__all__ = ["Environment", "PythonBuild", "Recipe", "View", "load_recipe"]

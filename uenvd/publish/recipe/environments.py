@@ -32,9 +32,7 @@ def for_python(document: y.Section) -> tuple[Environment, ...]:
             Environment(
                 name=name,
                 line=document.line_of(name),
-                specs=section.take(
-                    "specs", lambda node: y.each(node, _requirement), ()
-                ),
+                specs=section.take("specs", lambda node: y.each(node, _requirement), ()),
                 views=found,
                 requirements=section.take("requirements", file_name, "requirements.lock"),
             )

@@ -9,7 +9,7 @@ from typing import Final
 import yaml
 
 from uenvd import yamlfile as y
-from uenvd.errors import RecipeError, UsageError
+from uenvd.errors import ConfigError, RecipeError, UsageError
 from uenvd.publish.recipe import environments, stackinator
 from uenvd.publish.recipe.lockfile import read_interpreter_lock, read_requirements
 from uenvd.publish.recipe.model import (
@@ -18,9 +18,9 @@ from uenvd.publish.recipe.model import (
     Environment,
     PythonBuild,
     Recipe,
-    ReframeEnvironment,
 )
 from uenvd.publish.recipe.python import OUR_FORMAT, python_build
+from uenvd.publish.reframe.environments import TestEnvironment, parse_environments
 from uenvd.views import clean_mount
 
 DIALECT: Final = y.Dialect(RecipeError, "docs/recipes.md")
@@ -40,7 +40,7 @@ def load_recipe(directory: Path) -> Recipe:
             raise RecipeError(
                 f"{directory / forbidden}:1: a recipe cannot bring its own mirrors; remove the file"
             )
-    config = _document(directory, "config.yaml", required=True)
+    config = _document(directory, "config.yaml")
     builder: Builder = config.take("builder", _builder, "stackinator")
     name = config.need("name", y.word)
     version = _version(directory, name)
@@ -58,37 +58,38 @@ def load_recipe(directory: Path) -> Recipe:
                 f"{directory / 'compilers.yaml'}:1: the builder 'python' has no compilers: everything comes as wheels",
                 hint="remove the file, or the line  builder: python  from config.yaml",
             )
-        found = environments.for_python(_document(directory, "environments.yaml", required=True))
+        found = environments.for_python(_document(directory, "environments.yaml"))
         _check_locks(directory, python, found)
     else:
-        compilers_file = _document(directory, "compilers.yaml", required=True)
-        environments_file = _document(directory, "environments.yaml", required=True)
+        compilers_file = _document(directory, "compilers.yaml")
+        environments_file = _document(directory, "environments.yaml")
         generation = stackinator.generation(config, compilers_file)
         stackinator.check_config(config, generation)
         compilers = stackinator.compilers(compilers_file, generation)
         found = stackinator.environments(environments_file, generation, compilers)
         recipe_format = stackinator.describe(config, generation, found)
     _check_views(directory, found, default_view, config)
-    reframe = _reframe(directory, found)
+    tests = _tests(directory, found)
     return Recipe(
-        directory, name, version, builder, recipe_format, mount, description or "", default_view, compilers, found, reframe,
+        directory, name, version, builder, recipe_format, mount, description or "", default_view, compilers, found, tests,
         python,
     )  # fmt: skip
 
 
-def _document(directory: Path, name: str, *, required: bool) -> y.Section:
+def _document(directory: Path, name: str) -> y.Section:
     path = directory / name
+    return y.Section(str(path), "", y.compose(_read(path), str(path), DIALECT), 1, DIALECT)
+
+
+def _read(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise RecipeError(f"{path}:1: is longer than {MAX_FILE_BYTES} bytes")
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        if not required:
-            return y.Section(str(path), "", None, 1, DIALECT)
         raise RecipeError(f"{path}: no such file, and a recipe needs one") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
-    return y.Section(str(path), "", y.compose(text, str(path), DIALECT), 1, DIALECT)
 
 
 def _builder(node: yaml.Node) -> Builder:
@@ -161,38 +162,26 @@ def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
-def _reframe(directory: Path, found: tuple[Environment, ...]) -> tuple[ReframeEnvironment, ...]:
+def _tests(directory: Path, found: tuple[Environment, ...]) -> tuple[TestEnvironment, ...]:
     """Read ``extra/reframe.yaml``; the views that it names must exist."""
-    document = _document(directory / "extra", "reframe.yaml", required=False)
+    path = directory / "extra" / "reframe.yaml"
+    if not path.exists():
+        return ()
+    text = _read(path)
+    try:
+        environments = parse_environments(text, str(path))
+    except ConfigError as error:
+        raise RecipeError(error.message, hint=error.hint) from error
     known = {view.name for environment in found for view in environment.views}
-    result = []
-    for name in document:
-        section = document.section(name)
+    document = y.Section(str(path), "", y.compose(text, str(path), DIALECT), 1, DIALECT)
 
-        def view(node: yaml.Node) -> str:
-            value = y.text(node)
-            if value not in known | {"modules", "spack"}:
-                raise ValueError(f"there is no view {value!r} (there are: {', '.join(sorted(known))})")
-            return value
+    def view(node: yaml.Node) -> str:
+        value = y.text(node)
+        if value.rpartition(":")[2] not in known | {"modules", "spack"}:
+            raise ValueError(f"there is no view {value!r} (there are: {', '.join(sorted(known))})")
+        return value
 
-        result.append(
-            ReframeEnvironment(
-                name=name,
-                line=document.line_of(name),
-                features=section.take("features", y.texts, ()),
-                cc=section.take("cc", _optional_text, None),
-                cxx=section.take("cxx", _optional_text, None),
-                ftn=section.take("ftn", _optional_text, None),
-                views=section.take("views", lambda node: y.each(node, view), ()),
-                activation=section.take("activation", y.texts, ()),
-                extras=section.take("extras", _extras, {}),
-            )
-        )
-        section.end()
-    return tuple(result)
-
-
-def _extras(node: yaml.Node) -> dict[str, str]:
-    if not isinstance(node, yaml.MappingNode):
-        raise ValueError("must be a mapping")  # noqa: TRY004
-    return {y.text(key): y.text(value) for key, value in node.value}
+    for environment in environments:
+        if environment.views:
+            document.section(environment.name).take("views", lambda node: y.each(node, view), None)
+    return environments

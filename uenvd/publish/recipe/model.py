@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
+
+from uenvd.publish.reframe.environments import TestEnvironment
 
 Builder = Literal["stackinator", "python"]
 
@@ -53,21 +55,6 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class ReframeEnvironment:
-    """One entry of ``extra/reframe.yaml``: an environment in which tests are run."""
-
-    name: str
-    line: int
-    features: tuple[str, ...] = ()
-    cc: str | None = None
-    cxx: str | None = None
-    ftn: str | None = None
-    views: tuple[str, ...] = ()
-    activation: tuple[str, ...] = ()
-    extras: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class PythonBuild:
     """The section ``python:`` of config.yaml."""
 
@@ -99,7 +86,8 @@ class Recipe:
     default_view: str | None
     compilers: tuple[str, ...]
     environments: tuple[Environment, ...]
-    reframe: tuple[ReframeEnvironment, ...]
+    tests: tuple[TestEnvironment, ...]
+    """``extra/reframe.yaml``; empty when there is none."""
     python: PythonBuild | None
 
     @property

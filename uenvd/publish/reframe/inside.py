@@ -81,7 +81,7 @@ def _register_launcher() -> None:
             tasks = getattr(job, "num_tasks", None) or 1
             if tasks > 1:
                 return ["mpiexec", "-n", str(tasks)]
-            self.options = []
+            self.options: list[str] = []
             return []
 
 

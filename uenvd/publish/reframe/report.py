@@ -69,7 +69,7 @@ class Case:
         return self.result == SKIPPED
 
     def __str__(self) -> str:
-        where = f"{self.name} @{self.partition}+{self.environment}"
+        where = f"{self.name} @{self.partition}+{self.environment}" if self.environment else self.name
         if self.passed:
             return where
         what = f"failed in {self.phase}" if self.result == "fail" and self.phase else self.result
@@ -307,17 +307,13 @@ def cleaned(raw: bytes, private: Mapping[str, str]) -> bytes:
     document = parse(raw)
     info = document["session_info"]
     replacements = dict(private)
-    if isinstance(info.get("hostname"), str):
-        replacements.setdefault(info["hostname"], "host")
-    nodes: dict[str, str] = {}
+    nodes = {info["hostname"]: "host"} if isinstance(info.get("hostname"), str) else {}
     for run in document["runs"]:
         for test in run["testcases"]:
             listed = test.get("job_nodelist")
-            for node in listed if isinstance(listed, list) else ():
-                if isinstance(node, str) and node != info.get("hostname"):
-                    nodes.setdefault(node, f"node{len(nodes) + 1}")
-    for node, name in nodes.items():
-        replacements.setdefault(node, name)
+            if isinstance(listed, list):
+                test["job_nodelist"] = [nodes.setdefault(str(node), f"node{len(nodes)}") for node in listed]
+    replacements = nodes | replacements
     info.update({key: value for key, value in _PRIVATE_INFO.items() if key in info})
     words = sorted((text for text in replacements if len(text) >= 3), key=len, reverse=True)
     if words:

@@ -113,6 +113,10 @@ def run_session(
 
     """
     version = require_reframe()
+    log = site.workdir / "reframe.out"
+    if not tests:
+        log.touch()
+        return Outcome(empty_report(version, time.time()), (), log, 0.0)
     mark = uuid.uuid4().hex
     settings = site.workdir / "site.yaml"
     settings.write_text(json.dumps(configuration(site, environments), indent=1))  # JSON is YAML
@@ -136,7 +140,6 @@ def run_session(
         "uenvd.publish.reframe.inside",
         str(spec),
     ]
-    log = site.workdir / "reframe.out"
     began_s = time.monotonic()
     began_unix_s = time.time()
     status, timed_out = _watch(command, site, mark, log, limit_s, say)
@@ -257,7 +260,8 @@ def _report(site: Site, version: str, began_unix_s: float, problems: list[str]) 
 
 def _last_line(log: Path) -> str:
     lines = [line.strip() for line in tail(log) if line.strip() and not line.startswith("Log file(s)")]
-    return lines[-1][:300] if lines else "it printed nothing"
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or ["it printed nothing"])[-1][:300]
 
 
 def tail(log: Path, lines: int = _TAIL_LINES) -> list[str]:
@@ -268,8 +272,10 @@ def tail(log: Path, lines: int = _TAIL_LINES) -> list[str]:
         return []
 
 
-def failure_info(log: Path) -> str:
-    """Return ReFrame's own account of the failed tests, empty if there is none."""
-    text = log.read_text(errors="replace") if log.exists() else ""
+def failure_info(outcome: Outcome) -> str:
+    """Return ReFrame's own account of what failed, or its last words where it had no time for one; empty if nothing failed."""
+    text = outcome.log.read_text(errors="replace")
     _before, found, after = text.partition("SUMMARY OF FAILURES")
-    return after.partition("\nLog file(s)")[0].strip("=\n -") if found else ""
+    if found:
+        return after.partition("\nLog file(s)")[0].strip("=\n -")
+    return "\n".join(["The end of ReFrame's output:", *tail(outcome.log)]) if outcome.problems else ""

@@ -1,0 +1,110 @@
+"""Small images with ReFrame tests in them: shell tests that pass, fail, crash the loader, hang."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from support.publishing import env_json, make_squashfs
+
+HEAD = """
+import reframe as rfm
+import reframe.utility.sanity as sn
+"""
+
+SAYS = (
+    HEAD
+    + '''
+@rfm.simple_test
+class Says(rfm.RunOnlyRegressionTest):
+    """The image's program is found by the view, and only there."""
+    valid_systems = ['*']
+    valid_prog_environs = ['+speaks']
+    executable = 'say; echo word is $WORD; command -v python3'
+
+    @sanity_function
+    def said(self):
+        return sn.all([
+            sn.assert_found(r'^{word}$', self.stdout),
+            sn.assert_found(r'word is {word}', self.stdout),
+            sn.assert_found(r'^/usr/bin/python3$', self.stdout),
+        ])
+'''
+)
+
+FAILS = (
+    HEAD
+    + """
+@rfm.simple_test
+class Fails(rfm.RunOnlyRegressionTest):
+    valid_systems = ['*']
+    valid_prog_environs = ['+speaks']
+    executable = 'say'
+
+    @sanity_function
+    def said(self):
+        return sn.assert_found(r'something else', self.stdout)
+"""
+)
+
+HOST = (
+    HEAD
+    + """
+@rfm.simple_test
+class NotMounted(rfm.RunOnlyRegressionTest):
+    valid_systems = ['*']
+    valid_prog_environs = ['+plain']
+    executable = 'ls -A /user-environment | wc -l; echo word is $WORD.'
+
+    @sanity_function
+    def nothing(self):
+        return sn.all([sn.assert_found(r'^0$', self.stdout), sn.assert_found(r'word is [.]', self.stdout)])
+"""
+)
+
+HANGS = (
+    HEAD
+    + """
+@rfm.simple_test
+class Hangs(rfm.RunOnlyRegressionTest):
+    valid_systems = ['*']
+    valid_prog_environs = ['+speaks']
+    executable = 'touch {flag}; exec sleep 987'
+
+    @sanity_function
+    def never(self):
+        return True
+"""
+)
+
+UNLOADABLE = HEAD + "import no_such_module\n"
+
+CRASHES = HEAD + "import os\nos._exit(77)\n"
+
+ENVIRONMENTS = """\
+default:
+  features: [speaks]
+  views: [default]
+"""
+
+WITH_HOST = ENVIRONMENTS + "host:\n  features: [plain]\n  uenv: false\n"
+
+
+def image_with_tests(
+    path: Path,
+    name: str = "app",
+    word: str = "hello",
+    *,
+    environments: str | None = ENVIRONMENTS,
+    **tests: str,
+) -> Path:
+    """Make an image with a program `say` and with these tests (file name without .py -> source)."""
+    values = {
+        "list": {"PATH": [{"op": "prepend", "value": ["/user-environment/bin"]}]},
+        "scalar": {"WORD": word},
+    }
+    files: dict[str, bytes | str] = {"bin/say": f"#!/bin/sh\necho {word}\n"}
+    if environments is not None:
+        files["meta/extra/reframe.yaml"] = environments
+    for test, source in tests.items():
+        files[f"meta/extra/reframe/{test}.py"] = source.replace("{word}", word)
+    return make_squashfs(path, files, meta=env_json(name, views={"default": values}))

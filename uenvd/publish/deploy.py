@@ -1,0 +1,205 @@
+"""``uenvd-publish deploy``: release an image whose tests have passed."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+
+from uenvd.errors import DeployRefused, NotFound, UnknownLabel, UsageError
+from uenvd.oci.attach import WAIVER_TYPE, attach, json_content
+from uenvd.oci.copy import copy
+from uenvd.oci.index import LATEST
+from uenvd.oci.manifest import squashfs_layer
+from uenvd.oci.reference import is_digest, split_repository
+from uenvd.oci.remote import Progress, Remote, no_progress
+from uenvd.publish.console import reporter, say, show, show_json
+from uenvd.publish.gate import check_tested
+from uenvd.publish.options import (
+    BUILD,
+    DEPLOY,
+    add_registry_options,
+    add_site_options,
+    open_registry,
+    parse_site_label,
+    system_of,
+)
+from uenvd.publish.push import MOVING_TAGS, Target, check_kept, check_tag, target_of
+from uenvd.publish.releases import list_repositories, note_json, refresh_repository
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What a deployment did."""
+
+    repository: str
+    tag: str
+    digest: str
+    """Of the manifest; the same as that of the build."""
+    verdict: str
+    remark: str
+    attachments: int
+    """How many were copied with it."""
+    replaced: str | None
+    """The digest that ``latest`` had before; None if it had none, did not move or was this one already."""
+    notes: tuple[str, ...]
+
+
+def deploy_image(
+    remote: Remote,
+    source: Target,
+    tag: str,
+    *,
+    namespace: str = DEPLOY,
+    waiver: str | None = None,
+    move_latest: bool = True,
+    progress: Progress = no_progress,
+    say: Callable[[str], None] = say,
+) -> Deployed:
+    """Release the image at ``source``: gate, copy with all attachments, immutable tag, ``latest``, index; in this order.
+
+    May be repeated after a failure: what was done is not done again. Raises `DeployRefused` for an image that may not pass or a tag that is
+    another image's, `UnknownLabel`, and the remote's errors.
+    """
+    parts = split_repository(source.repository)
+    if parts is None:
+        raise UsageError(f"{source.repository} is no repository of images")
+    check_tag(tag)
+    if tag in MOVING_TAGS:
+        raise DeployRefused(
+            f"{tag!r} is a tag that moves: a release needs one that stays",
+            hint=f"say --tag v1 (v2, ...); {LATEST} follows by itself",
+        )
+    target = "/".join((namespace, *parts[1:]))
+    if target == source.repository:
+        raise UsageError(
+            f"the image is in {namespace!r} already", hint="another tag for it: uenvd-publish tag"
+        )
+    try:
+        manifest = remote.manifest(source.repository, source.reference)
+    except NotFound as error:
+        raise UnknownLabel(
+            f"there is no such image: {error.message}", hint="check the label and the registry"
+        ) from error
+    squashfs_layer(manifest)
+    digest = manifest.digest
+    gate = check_tested(remote, source.repository, digest, waiver)
+    there = _resolve(remote, target, tag)
+    if there not in {None, digest}:
+        raise DeployRefused(
+            f"{target}:{tag} is another image already ({there})",
+            hint="released tags never change: choose the next one",
+        )
+    copied = copy(remote, source.repository, digest, remote, target, None, progress=progress)
+    if gate.verdict == "waived" and waiver is not None:
+        attach(remote, target, digest, WAIVER_TYPE, [json_content("waiver.json", note_json(waiver))])
+    remote.push_manifest(target, tag, manifest.raw, manifest.media_type)
+    try:
+        check_kept(remote, target, tag, digest)
+    except UsageError as error:
+        raise DeployRefused(error.message, hint=error.hint) from error
+    before = _resolve(remote, target, LATEST)
+    if move_latest and before != digest:
+        remote.push_manifest(target, LATEST, manifest.raw, manifest.media_type)
+    refresh_repository(remote, target, say, fresh=[digest])
+    return Deployed(
+        target,
+        tag,
+        digest,
+        gate.verdict,
+        gate.remark,
+        len(copied.attachments),
+        before if move_latest and before != digest else None,
+        gate.notes,
+    )
+
+
+def _resolve(remote: Remote, repository: str, tag: str) -> str | None:
+    try:
+        return remote.resolve(repository, tag)
+    except NotFound:
+        return None
+
+
+def find_digest(remote: Remote, namespace: str, system: str, digest: str) -> Target:
+    """Return which repository has a digest, by the registry's list of repositories and their tags. Raises `UnknownLabel`."""
+    for repository in list_repositories(remote, namespace, system):
+        for tag in remote.tags(repository):
+            if _resolve(remote, repository, tag) == digest:
+                return Target(repository, digest)
+    raise UnknownLabel(
+        f"no repository of {namespace}/{system} has a tag on {digest}",
+        hint="name the image: name/version@system%uarch@" + digest,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument(
+        "label",
+        metavar="LABEL|DIGEST",
+        help="the image: name/version:PIPELINE@system%%uarch, …@sha256:…, or sha256:…",
+    )
+    parser.add_argument(
+        "--tag", required=True, metavar="TAG", help="the tag to release it under, such as v1; it never moves"
+    )
+    parser.add_argument(
+        "--waive-tests",
+        metavar="REASON",
+        help="deploy although no test was run, and record who answers for it and why; failed tests cannot be waived",
+    )
+    parser.add_argument("--no-latest", action="store_true", help="do not move latest")
+    parser.add_argument(
+        "--from", dest="source", default=BUILD, metavar="NS", help=f"namespace it comes from; default {BUILD}"
+    )
+    parser.add_argument("--to", default=DEPLOY, metavar="NS", help=f"namespace it goes to; default {DEPLOY}")
+    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
+    add_site_options(parser)
+    add_registry_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Deploy; the digest goes to stdout."""
+    if arguments.waive_tests is not None and not arguments.waive_tests.strip():
+        raise UsageError("--waive-tests needs a reason", hint="say who answers for it and why")
+    with closing(open_registry(arguments)) as remote:
+        started = time.monotonic()
+        done = deploy_image(
+            remote,
+            _source(arguments, remote),
+            arguments.tag,
+            namespace=arguments.to,
+            waiver=arguments.waive_tests,
+            move_latest=not arguments.no_latest,
+            progress=reporter("copying"),
+        )
+    for note in done.notes:
+        say(f"note: {note}")
+    say(f"{done.verdict}: {done.remark}")
+    say(
+        f"deployed {done.repository}:{done.tag} with {done.attachments} attachments ({time.monotonic() - started:.1f} s)"
+    )
+    if done.replaced is not None:
+        say(f"latest was {done.replaced}; back to it: uenvd-publish tag …@{done.replaced} latest")
+    if arguments.json:
+        show_json({key: value for key, value in vars(done).items() if key != "notes"})
+    else:
+        show(done.digest)
+    return 0
+
+
+def _source(arguments: argparse.Namespace, remote: Remote) -> Target:
+    if is_digest(arguments.label):
+        system = system_of(arguments)
+        if system is None:
+            raise UsageError(
+                "a digest alone does not say where to look",
+                hint="say --system NAME, or name/version@system%uarch@sha256:…",
+            )
+        return find_digest(remote, arguments.source, system, arguments.label)
+    label = parse_site_label(arguments, arguments.label)
+    return target_of(
+        str(label._replace(namespace=label.namespace or arguments.source)), None, digest_allowed=True
+    )

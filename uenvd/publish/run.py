@@ -1,0 +1,196 @@
+"""``uenvd-publish run``: a recipe becomes a tested and, if asked, released image, in one command and by an ordinary user."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from uenvd import __version__
+from uenvd.errors import UsageError
+from uenvd.oci.attach import META_TYPE, attach, directory_content
+from uenvd.oci.files import hash_file
+from uenvd.oci.reference import repository_of
+from uenvd.oci.remote import Remote
+from uenvd.publish.build import Built, build
+from uenvd.publish.console import reporter, say, show, show_json
+from uenvd.publish.deploy import Deployed, deploy_image
+from uenvd.publish.options import (
+    BUILD,
+    add_registry_options,
+    add_site_options,
+    need_system,
+    need_uarch,
+    open_registry,
+)
+from uenvd.publish.push import MOVING_TAGS, Target, check_tag, push_image
+from uenvd.publish.recipe import Recipe, load_recipe
+from uenvd.publish.test import add_test_options, clean, make_workdir, summary, tell, wishes_of
+from uenvd.publish.testing import Tested, examine, require_pass
+
+META_TITLE: Final = "meta"
+_SHORT_DIGITS: Final = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe's directory, NAME/VERSION")
+    parser.add_argument(
+        "--pipeline",
+        metavar="ID",
+        help=f"tag in the namespace {BUILD}, never overwritten; default $CI_PIPELINE_ID, else one made of the image's digest",
+    )
+    parser.add_argument("--deploy", metavar="TAG", help="release the image under this tag if its tests pass")
+    parser.add_argument("--no-latest", action="store_true", help="do not move latest when it is released")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="keep the image here, and do not build again what is here already; default: nothing is kept",
+    )
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="where downloads are kept")
+    parser.add_argument("--json", action="store_true", help="say what was done as JSON")
+    add_test_options(parser)
+    add_site_options(parser)
+    add_registry_options(parser)
+
+
+@dataclass
+class Steps:
+    """Tells the steps and how long each took."""
+
+    say: Callable[[str], None]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def step(self, name: str, text: str) -> Iterator[None]:
+        """Announce a step."""
+        self.say(f"{len(self.seconds) + 1}. {text}")
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.monotonic() - began_s, 1)
+        self.say(f"   {self.seconds[name]:.1f} s")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it all; the digest of the image goes to stdout."""
+    recipe = load_recipe(arguments.recipe)
+    system, uarch = need_system(arguments), need_uarch(arguments)
+    repository = repository_of(BUILD, system, uarch, recipe.name, recipe.version)
+    pipeline = arguments.pipeline or os.environ.get("CI_PIPELINE_ID")
+    for tag in (pipeline, arguments.deploy):
+        if tag is not None:
+            check_tag(tag)
+    if arguments.deploy in MOVING_TAGS:
+        raise UsageError(
+            f"{arguments.deploy!r} is a tag that moves: a release needs one that stays", hint="say --deploy v1"
+        )
+    steps = Steps(say)
+    tested: Tested
+    deployed: Deployed | None = None
+    with closing(open_registry(arguments)) as remote, contextlib.ExitStack() as stack:
+        if remote.address.kind == "http":
+            remote.tags(repository)  # a registry that does not answer or lets nobody in is told before the build
+        out = arguments.out or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="uenv-build-", ignore_cleanup_errors=True))
+        )
+        with steps.step("build", f"Build {recipe.label} for %{uarch}"):
+            built = _build(recipe, out, arguments.cache)
+            say(f"   {built.image.name}: {built.image.stat().st_size / 1e6:.1f} MB, {built.digest}")
+        tag = pipeline or f"local-{built.digest.removeprefix('sha256:')[:_SHORT_DIGITS]}"
+        with steps.step("push", f"Push it to {remote.address}, {repository}:{tag}"):
+            digest = _push(remote, built, Target(repository, tag))
+        with steps.step("attach", f"Attach what is known of the build to {digest}"):
+            attach(remote, repository, digest, META_TYPE, [directory_content(built.meta_dir, META_TITLE)])
+        with steps.step("test", "Pull it back by this digest and test it"):
+            tested = _test(arguments, remote, Target(repository, digest))
+        require_pass(tested)
+        if arguments.deploy is not None:
+            with steps.step("deploy", f"Release it as :{arguments.deploy}"):
+                deployed = deploy_image(
+                    remote,
+                    Target(repository, digest),
+                    arguments.deploy,
+                    waiver=arguments.waive_tests,
+                    move_latest=not arguments.no_latest,
+                    progress=reporter("copying"),
+                )
+                for note in deployed.notes:
+                    say(f"   note: {note}")
+    if arguments.json:
+        show_json(_account(built, repository, tag, tested, deployed, steps))
+    else:
+        show(digest)
+    return 0
+
+
+def _build(recipe: Recipe, out: Path, cache: Path | None) -> Built:
+    found = previous(recipe, out)
+    if found is not None:
+        say(f"   it was built from the same recipe already: {found.image}")
+        return found
+    return build(recipe, out, cache=cache, say=lambda text: say(f"   {text}"))
+
+
+def previous(recipe: Recipe, out: Path) -> Built | None:
+    """Return what an earlier build of the very same recipe by the same version left in a directory; None if there is nothing whole."""
+    stem = out.absolute() / f"{recipe.name}-{recipe.version}"
+    image, meta_dir, log = (Path(f"{stem}{suffix}") for suffix in (".squashfs", ".meta", ".log"))
+    try:
+        facts: Any = json.loads((meta_dir / "configure.json").read_text())
+        same = (
+            facts["recipe"]["fingerprint"] == f"sha256:{recipe.fingerprint()}"
+            and facts["builder"] == f"uenvd {__version__} ({recipe.builder})"
+            and facts["image"] == hash_file(image)[0]
+        )
+        return Built(image, meta_dir, facts["image"], log, 0.0) if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _push(remote: Remote, built: Built, target: Target) -> str:
+    pushed = push_image(
+        remote, built.image, target, hashing=reporter("hashing"), progress=reporter("pushing")
+    )
+    for note in pushed.notes:
+        say(f"   note: {note}")
+    return pushed.digest
+
+
+def _test(arguments: argparse.Namespace, remote: Remote, target: Target) -> Tested:
+    workdir = make_workdir(arguments)
+    passing = False
+    try:
+        wishes = wishes_of(arguments, workdir, None)
+        tested = examine(
+            remote, target, wishes, say=lambda text: say(f"   {text}"), progress=reporter("pulling")
+        )
+        tell(tested)
+        passing = tested.passing
+    finally:
+        clean(workdir, keep=arguments.keep or not passing)
+    return tested
+
+
+def _account(
+    built: Built, repository: str, tag: str, tested: Tested, deployed: Deployed | None, steps: Steps
+) -> dict[str, object]:
+    return {
+        "repository": repository,
+        "tag": tag,
+        "digest": tested.digest,
+        "image": built.digest,
+        "tests": summary(tested),
+        "deployed": None if deployed is None else {"repository": deployed.repository, "tag": deployed.tag},
+        "seconds": steps.seconds,
+    }
