@@ -1,7 +1,7 @@
 """The whole of uenvd on this machine, as `make demo`: everything real, everything private, everything gone at the end.
 
-Builds the image python-sci/2026.11 (once), starts a registry, a Slurm cluster of two nodes with the plugin, and one uenvd for
-the login side and for each node; publishes the image; then works with it as an ordinary user who exists only for this purpose.
+Starts a registry, a Slurm cluster of two nodes with the plugin, and one uenvd for the login side and for each node. Then, as an ordinary
+user who exists only for this purpose: builds the image python-sci/2026.11 (once), pushes, tests and releases it, and works with it.
 Every step says what it does, checks what came out and how long it took. Exit status 0: every check held.
 """
 
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -34,8 +34,8 @@ MOUNT = Path("/user-environment")
 PROGRAMS = Path(sys.prefix).resolve() / "bin"
 """Resolved: .venv may be a link in a checkout that job users cannot enter."""
 UENV = "python-sci/2026.11"
-SYSTEM, UARCH = "demo", "zen3"
-COMMAND_S = 120.0
+SYSTEM, UARCH, PIPELINE = "demo", "zen3", "4711"
+COMMAND_S = 300.0
 RESULT = "parallel and serial result are equal"
 
 
@@ -82,7 +82,6 @@ class Demo:
         self.workdir = workdir
         self.resources = resources
         self.steps = Steps()
-        self.image = Path()
         self.registry = ""
         self.digest = ""
         self.cluster: Cluster
@@ -91,46 +90,35 @@ class Demo:
 
     # ---- the site
 
-    def build_image(self) -> None:
-        """Build the image from its recipe; downloads stay in the cache, and so does the image as long as its recipe is the same."""
-        command: list[str | Path] = [
-            PROGRAMS / "uenvd-publish",
-            "build",
-            RECIPE,
-            "--out",
-            CACHE / "images",
-            "--cache",
-            CACHE,
-        ]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        show(f"uenvd-publish build {RECIPE.relative_to(CHECKOUT)} --out images", done.stdout)
-        check(done.returncode == 0, "the image is built from pinned inputs and passes the audit")
-        self.image = Path(done.stdout.split()[0])
-
-    def publish(self) -> None:
-        """Push the image as the site's staff would."""
-        label = f"deploy::{UENV}:v1@{SYSTEM}%{UARCH}"
-        command: list[str | Path] = [
-            PROGRAMS / "uenvd-publish",
-            "push",
-            self.image,
-            label,
-            "--also-tag",
-            "latest",
-            "--registry",
-            self.registry,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMMAND_S)
-        show(
-            f"uenvd-publish push {self.image.name} {label} --also-tag latest --registry {self.registry}",
-            done.stdout,
-        )
+    def release(self) -> None:
+        """Build, push, test and release the image as somebody of the site's staff would: by one command, as an ordinary user."""
+        # Where the user can read it, wherever the checkout is.
+        shutil.copytree(RECIPE, self.cluster.scratch / "recipes" / UENV)
+        images = CACHE / "images"
+        images.mkdir(parents=True, exist_ok=True)
+        with lent(CACHE, self.user):
+            done = self.shell(
+                f"uenvd-publish run recipes/{UENV} --system {SYSTEM} --uarch {UARCH} --pipeline {PIPELINE}"
+                f" --slurm --deploy v1 --out {images} --cache {CACHE}",
+                {"UENVD_REGISTRY": self.registry},
+            )
         self.digest = done.stdout.strip()
         check(done.returncode == 0 and self.digest.startswith("sha256:"), "the registry has it", done.stderr)
+        check("6 of 6 tests passed" in done.stderr, "ReFrame's jobs passed, on two nodes", done.stderr)
+        done = self.shell(
+            f"uenvd-publish show {UENV}:v1 --system {SYSTEM} --uarch {UARCH}",
+            {"UENVD_REGISTRY": self.registry},
+        )
+        check(
+            done.returncode == 0 and self.digest in done.stdout and "passed" in done.stdout,
+            "it is released, with the verdict of its tests",
+            done.stdout + done.stderr,
+        )
 
     def start_daemons(self, service_user: TestUser) -> None:
         """Start a uenvd for the login side and for each node, with a cache each."""
-        extra = f"uarch: {UARCH}\nworker: {{user: {service_user.name}}}\n"
+        # Jobs that test an image get it from the namespace of builds.
+        extra = f"uarch: {UARCH}\nworker: {{user: {service_user.name}}}\nnamespaces: [deploy, build]\n"
         for name in ("login", *self.cluster.nodes):
             # What a node sees at the login side's path is its own: the same path leads to another daemon everywhere.
             directory = self.cluster.control_dir if name == "login" else self.cluster.node_control_dir(name)
@@ -146,20 +134,28 @@ class Demo:
     # ---- the user
 
     def run(
-        self, command: Sequence[str], shown: str, *, input: str | None = None
+        self,
+        command: Sequence[str],
+        shown: str,
+        *,
+        input: str | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command as the user on the login side; show it and its output."""
         environment = {
             "PATH": f"{PROGRAMS}:/usr/local/bin:/usr/bin:/bin",
             "UENVD_SOCKET": str(self.control_socket),
+            **(variables or {}),
         }
         done = self.cluster.run(command, user=self.user, env=environment, input=input, timeout_s=COMMAND_S)
         show(shown, done.stdout + done.stderr)
         return done
 
-    def shell(self, line: str, *, input: str | None = None) -> subprocess.CompletedProcess[str]:
+    def shell(
+        self, line: str, variables: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run a line as the user would type it."""
-        return self.run(["bash", "-c", line], line, input=input)
+        return self.run(["bash", "-c", line], line, variables=variables)
 
     def parallel_job(self) -> None:
         """Run the MPI program on both nodes."""
@@ -267,13 +263,10 @@ class Demo:
     def play(self) -> None:
         """Do everything, in order."""
         step = self.steps.step
-        with step(f"Build the image {UENV}: Python, numpy, scipy, mpi4py and MPICH"):
-            self.build_image()
-            print(f"    {self.image} ({self.image.stat().st_size / 1e6:.1f} MB)")
-        with step("Start a registry (docker-registry) and push the image as the site's staff would"):
+        with step("Start a registry (docker-registry)"):
             registry = self.resources.enter_context(docker_registry(self.workdir / "registry"))
             self.registry = registry.url
-            self.publish()
+            print(f"    {self.registry}")
         with step(
             "Start Slurm with two nodes that load the plugin, and a uenvd for the login side and for each node"
         ):
@@ -292,16 +285,18 @@ class Demo:
                 shutil.copy(CHECKOUT / "scripts/demo" / name, self.cluster.scratch)
             check(set(self.cluster.node_states().values()) == {"idle"}, "both nodes are idle")
             check(len(self.daemons) == 3, "three daemons serve")
-        with step("What is there? (everything from here on as an ordinary user)"):
+        with step(
+            f"Build {UENV} (Python, numpy, scipy, mpi4py, MPICH), push, test as jobs, release: as an ordinary user"
+        ):
+            self.release()
+        with step("What is there?"):
             done = self.shell("uenvctl image find")
             check(
                 done.returncode == 0 and "python-sci/2026.11" in done.stdout,
                 "the image is listed",
                 done.stderr,
             )
-        with step("An MPI program on 4 ranks over 2 nodes; each node pulls the image now"):
-            self.parallel_job()
-        with step("The same again, from the nodes' caches"):
+        with step("An MPI program on 4 ranks over 2 nodes"):
             self.parallel_job()
         with step(f"{MOUNT} inside a job, and outside"):
             self.mounts()
@@ -341,6 +336,21 @@ def mount_point() -> Iterator[None]:
     finally:
         if made:
             MOUNT.rmdir()
+
+
+@contextlib.contextmanager
+def lent(directory: Path, user: TestUser) -> Iterator[None]:
+    """Give a directory and all in it to a user for a while; to root again in the end, as the user will not exist any more."""
+
+    def give(uid: int, gid: int) -> None:
+        for path in (directory, *directory.rglob("*")):
+            os.chown(path, uid, gid, follow_symlinks=False)
+
+    give(user.uid, user.gid)
+    try:
+        yield
+    finally:
+        give(0, 0)
 
 
 def keep_logs(workdir: Path) -> Path:

@@ -46,7 +46,10 @@ class Limits:
 
     connections: int = 512
     mounts: int = 256
+    files: int = 32
+    """Of these, mounts of the user's own files: each has a process of its own."""
     pulls: int = 8
+    """Images that are on their way to the node because of him."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ def parse(text: str, name: str, check_registry: Callable[[str], object] = str) -
         limits=Limits(
             connections=limits.take("connections", y.count, Limits.connections),
             mounts=limits.take("mounts", y.count, Limits.mounts),
+            files=limits.take("files", y.count, Limits.files),
             pulls=limits.take("pulls", y.count, Limits.pulls),
         ),
     )

@@ -25,13 +25,22 @@ from uenvd.oci.attach import (
     link,
 )
 from uenvd.oci.copy import copy
-from uenvd.oci.manifest import INDEX_TYPE, Descriptor, build_artifact, build_index, digest_of
+from uenvd.oci.manifest import (
+    EMPTY_BLOB,
+    EMPTY_TYPE,
+    INDEX_TYPE,
+    Descriptor,
+    build_artifact,
+    build_index,
+    digest_of,
+)
 from uenvd.oci.reference import attachment_tag, fallback_tag, parse_registry
 from uenvd.oci.remote import Remote, open_remote
 
 BUILD = "build/demo/zen3/app/1.0"
 DEPLOY = "deploy/demo/zen3/app/1.0"
 WRITERS = 12
+THREADS = 5
 KINDS = ("real", "layout", "fake", "fake without API")
 
 _ATTACHER = """
@@ -114,10 +123,10 @@ def test_threads_of_one_program_attach_at_once(address: str, image: Path) -> Non
     def one(number: int) -> str:
         return attach(remote, BUILD, digest, "uenv/reframe", [json_content("r.json", b"%d" % number)])
 
-    with ThreadPoolExecutor(WRITERS) as pool:
-        made = set(pool.map(one, range(WRITERS)))
+    with ThreadPoolExecutor(THREADS) as pool:
+        made = set(pool.map(one, range(THREADS)))
     assert {entry.digest for entry in remote.referrers(BUILD, digest, None)} == made
-    assert len(made) == WRITERS
+    assert len(made) == THREADS
     assert remote.referrers(BUILD, digest, "uenv/meta") == []
 
 
@@ -149,6 +158,7 @@ def test_foreign_entries_in_the_list_are_no_attachments(address: str, image: Pat
     remote, digest = pushed(address, image)
     other = "sha256:" + "1" * 64
     raw = build_artifact("a/b", [], {}, subject=Descriptor("x/y", other, 3))
+    remote.push_bytes(BUILD, EMPTY_BLOB, EMPTY_TYPE)
     remote.push_manifest(BUILD, "other", raw)
     entry = Descriptor(
         "application/vnd.oci.image.manifest.v1+json", digest_of(raw), len(raw), artifact_type="a/b"

@@ -28,7 +28,7 @@ MOUNT_POINT = "/user-environment"
 def daemon(public_dir: Path) -> Iterator[Daemon]:
     registry = f"oci-layout:{public_dir / 'registry'}"
     Publisher(registry).push(simple_image(public_dir / "app.squashfs", "app", "hello"), "app/1.0", "v1")
-    extra = "limits: {mounts: 2, connections: 4}\nmounts: {linger: 100ms}\n"
+    extra = "limits: {mounts: 2, files: 1, connections: 4}\nmounts: {linger: 100ms}\n"
     with running_daemon(public_dir / "uenvd", registry, extra=extra) as running:
         yield running
 
@@ -118,6 +118,22 @@ def test_mounts_of_one_user_are_limited_and_given_back(daemon: Daemon) -> None:
     assert answers[2]["error"]["code"] == "limit"
     until(lambda: daemon.ask("status")["leases"] == [], "the leases end with the connection")
     assert ask_as(NOBODY, daemon, mount)[0]["ok"]
+
+
+def test_files_of_one_user_are_limited_more_and_end_at_once(daemon: Daemon, public_dir: Path) -> None:
+    for number in range(2):
+        simple_image(public_dir / f"{number}.squashfs", "own", "mine")
+    first, second = (
+        {"op": "mount", "uenv": f"{public_dir}/{number}.squashfs:{MOUNT_POINT}"} for number in range(2)
+    )
+    answers = ask_as(NOBODY, daemon, first, second, {"op": "mount", "uenv": "app/1.0"})
+    assert [answer["ok"] for answer in answers] == [True, False, True]
+    assert answers[1]["error"]["code"] == "limit"
+    assert "files of one's own" in answers[1]["error"]["message"]
+    until(
+        lambda: not [image for image in daemon.ask("status")["images"] if image["digest"] is None],
+        "the file's worker ends",
+    )
 
 
 def test_a_users_own_file_is_served_as_him(daemon: Daemon, public_dir: Path) -> None:

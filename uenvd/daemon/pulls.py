@@ -25,7 +25,8 @@ from uenvd.oci.remote import Remote
 
 log = logging.getLogger(__name__)
 
-MAX_PULL_THREADS: Final = 8
+MAX_PULL_THREADS: Final = 32
+"""More than one user may have (`limits.pulls`): nobody's slow pulls hold up all others."""
 
 
 @dataclass(eq=False)

@@ -312,15 +312,16 @@ class ServedImages:
             log.error("%s: the worker (pid %d) ended with status %d", served.label, worker.pid, status)
 
     async def _let_go_when_idle(self, served: Served) -> None:
+        # Nobody else can come for a user's own file, so there is nothing to linger for.
+        linger_s = self._linger_s if isinstance(served.source, BlobSource) else 0.0
         while True:
             while served.leases > 0:
                 await served.changed.wait()
-            with trio.move_on_after(self._linger_s):
-                while served.leases == 0:
-                    await served.changed.wait()
-                continue
-            if served.leases == 0:
+            came_and_went = served.changed
+            with trio.move_on_after(linger_s) as waiting:
+                await came_and_went.wait()
+            if waiting.cancelled_caught and served.leases == 0:
                 break
         self._retire(served)
-        log.info("%s: no lease for %.0f s, letting go", served.label, self._linger_s)
+        log.info("%s: no lease for %.0f s, letting go", served.label, linger_s)
         await self._mounter.remove(served.name)

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import trio
@@ -23,11 +20,12 @@ from uenvd.config import Config
 from uenvd.daemon import requests, resolution
 from uenvd.daemon.catalogue import Catalogue, Image, Question, listed_image, make_image
 from uenvd.daemon.control import Answer, Connection
+from uenvd.daemon.leases import Lease, Leases
 from uenvd.daemon.peer import Identity, identity_of
 from uenvd.daemon.pulls import Pulls
 from uenvd.daemon.requests import Wanted
 from uenvd.daemon.resolution import Listed
-from uenvd.daemon.served import BlobSource, FileSource, Served, ServedImages
+from uenvd.daemon.served import BlobSource, Served, ServedImages
 from uenvd.errors import (
     AccessDenied,
     LimitExceeded,
@@ -35,7 +33,7 @@ from uenvd.errors import (
     SessionError,
     UsageError,
 )
-from uenvd.label import ViewName, parse_descriptions, parse_namespaced_label
+from uenvd.label import parse_descriptions, parse_namespaced_label
 from uenvd.protocol import Request
 from uenvd.views import ImageMeta, ops_to_wire
 
@@ -44,25 +42,6 @@ log = logging.getLogger(__name__)
 _MOUNT_BUDGET_S: Final = 2.0
 _SLOW_BUDGET_S: Final = 30.0
 _SHOWN_DEPRECATIONS: Final = 5
-
-
-@dataclass(eq=False)
-class Lease:
-    """What one `mount` request holds."""
-
-    name: str
-    owner: Identity
-    images: list[Wanted]
-    views: tuple[ViewName, ...]
-    served: list[Served]
-    points: list[str]
-    job: tuple[int, int] | None
-    since_s: float
-
-    @property
-    def ready(self) -> bool:
-        """Whether every file of every image can be read."""
-        return all(served.state == "serving" for served in self.served)
 
 
 class Service:
@@ -76,8 +55,7 @@ class Service:
         self._store = store
         self._pulls = pulls
         self._served = served
-        self._leases: dict[str, Lease] = {}
-        self._mounts_of: Counter[int] = Counter()
+        self._leases = Leases(served, catalogue.remote, config.limits)
         self._pulls_of: Counter[int] = Counter()
         self.connections: Callable[[], int] = lambda: 0
 
@@ -245,7 +223,9 @@ class Service:
         points = requests.mount_points(images, metas, self._config.mount_points[0])
         order = sorted(range(len(images)), key=lambda index: points[index])
         images, points = [images[index] for index in order], [points[index] for index in order]
-        lease = self._begin_lease(connection, owner, images, views, points, request.job)
+        lease = Lease(owner, images, views, points, request.job)
+        self._leases.begin(lease)
+        connection.on_close.append(lambda: self._leases.end(lease))
         clones: list[int] = []
         try:
             for served in lease.served:
@@ -254,7 +234,7 @@ class Service:
         except BaseException:
             for clone in clones:
                 os.close(clone)
-            self._end_lease(lease)
+            self._leases.end(lease)
             raise
         log.info(
             "uid %d mounts %s%s", owner.uid, request.uenv, f" for job {request.job[0]}" if request.job else ""
@@ -279,43 +259,6 @@ class Service:
             ),
             clones,
         )
-
-    def _begin_lease(
-        self,
-        connection: Connection,
-        owner: Identity,
-        images: list[Wanted],
-        views: tuple[ViewName, ...],
-        points: list[str],
-        job: tuple[int, int] | None,
-    ) -> Lease:
-        limit = self._config.limits.mounts
-        if owner.uid != 0 and self._mounts_of[owner.uid] + len(images) > limit:
-            raise LimitExceeded(
-                f"uid {owner.uid} has {self._mounts_of[owner.uid]} mounts on this node, the limit is {limit}"
-            )
-        served = [self._served.acquire(wanted.label, self._source(wanted, owner)) for wanted in images]
-        lease = Lease(secrets.token_hex(16), owner, images, views, served, points, job, time.time())
-        self._leases[lease.name] = lease
-        self._mounts_of[owner.uid] += len(images)
-        connection.on_close.append(lambda: self._end_lease(lease))
-        return lease
-
-    def _source(self, wanted: Wanted, owner: Identity) -> BlobSource | FileSource:
-        if wanted.image is None:
-            assert wanted.path is not None
-            return FileSource(wanted.path, owner)
-        image = wanted.image
-        return BlobSource(self._catalogue.remote, image)
-
-    def _end_lease(self, lease: Lease) -> None:
-        if self._leases.pop(lease.name, None) is None:
-            return
-        for served in lease.served:
-            self._served.release(served)
-        self._mounts_of[lease.owner.uid] -= len(lease.served)
-        if not self._mounts_of[lease.owner.uid]:
-            del self._mounts_of[lease.owner.uid]
 
     def _environment(self, lease: Lease) -> tuple[list[list[Any]], str]:
         """Work out the views of a lease whose images are all served; what was not known before is checked now."""
@@ -461,7 +404,7 @@ class Service:
                         "labels": [wanted.label for wanted in lease.images],
                         "job": lease.job,
                     }
-                    for lease in self._leases.values()
+                    for lease in self._leases
                     if uid in (0, lease.owner.uid)
                 ],
                 cache={"path": str(self._config.cache_local), "used_bytes": used, "free_bytes": free},

@@ -11,10 +11,11 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Final, NamedTuple
 
 from uenvd import __version__
-from uenvd.errors import InternalError, UenvError, UsageError
+from uenvd.errors import InternalError, ResourceMissing, UenvError, UsageError
 from uenvd.publish.console import say
 
 PROGRAM = "uenvd-publish"
@@ -146,6 +147,19 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message, hint=f"{self.prog} --help")
 
 
+def _import(name: str) -> ModuleType:
+    """Import a command. Raises `ResourceMissing` where the packages of the extra ``publish`` are not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "uenvd":
+            raise
+        raise ResourceMissing(
+            f"the Python package {error.name} is missing",
+            hint="install uenvd with what publishing needs: uenvd[publish]",
+        ) from error
+
+
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(prog=PROGRAM, description="Build, test and publish uenv images.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
@@ -161,7 +175,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         if name == asked:
-            module = importlib.import_module(command.module)
+            module = _import(command.module)
             module.add_arguments(one)
             one.set_defaults(run=module.run, command=name)
     return parser

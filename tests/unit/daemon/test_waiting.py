@@ -11,10 +11,11 @@ import trio
 
 from uenvd.config import Config, RegistryConfig
 from uenvd.daemon.control import Connection
+from uenvd.daemon.leases import Lease
 from uenvd.daemon.peer import Identity
 from uenvd.daemon.requests import Wanted
 from uenvd.daemon.served import FileSource, Served
-from uenvd.daemon.service import Lease, Service
+from uenvd.daemon.service import Service
 from uenvd.errors import FormatError, SessionError
 from uenvd.label import Description
 from uenvd.protocol import Request
@@ -25,9 +26,11 @@ OWNER = Identity(1000, 1000, ())
 def make_service(served: Served, views: tuple[Any, ...] = ()) -> Service:
     config = Config(system="demo", registry=RegistryConfig("x"))
     anything = cast("Any", None)
-    service = Service(config, catalogue=anything, store=anything, pulls=anything, served=anything)
+    catalogue = cast("Any", SimpleNamespace(remote=None))
+    service = Service(config, catalogue=catalogue, store=anything, pulls=anything, served=anything)
     wanted = Wanted(Description(None, "/x.squashfs", "/user-environment"), None, "/x.squashfs")
-    service._leases["l"] = Lease("l", OWNER, [wanted], views, [served], ["/user-environment"], None, 0.0)
+    lease = Lease(OWNER, [wanted], views, ["/user-environment"], None, [served], name="l")
+    service._leases._by_name["l"] = lease
     return service
 
 
