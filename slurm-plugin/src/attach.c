@@ -24,9 +24,18 @@
 #define HINT_MISSING "ask the site's administrators to make this directory on the nodes, or name another one: LABEL:/path"
 
 /*
- * Open a directory with the rights of the user: his groups, then his ids for file access, for this thread only. The kernel takes
- * the capabilities to override file permissions away while fsuid is not 0. No symbolic link is followed, so
- * the directory that is checked is the one that is named.
+ * Open a directory without following any symbolic link, so that the one that was checked is the one that is named. A site's mount
+ * point can lie inside of an image that the user made: behind a link there, root would mount over the node's own directories.
+ */
+static int open_directory(const char *path)
+{
+    struct open_how how = {.flags = O_PATH | O_DIRECTORY | O_CLOEXEC, .resolve = RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS};
+    return (int)syscall(SYS_openat2, AT_FDCWD, path, &how, sizeof how);
+}
+
+/*
+ * The same with the rights of the user: his groups, then his ids for file access, for this thread only. The kernel takes the
+ * capabilities to override file permissions away while fsuid is not 0.
  */
 static int open_as_user(const char *path, const struct job_user *user)
 {
@@ -45,8 +54,7 @@ static int open_as_user(const char *path, const struct job_user *user)
         setfsgid(user->gid);
         setfsuid(user->uid);
         if ((uid_t)setfsuid((uid_t)-1) == user->uid && (gid_t)setfsgid((gid_t)-1) == user->gid) {
-            struct open_how how = {.flags = O_PATH | O_DIRECTORY | O_CLOEXEC, .resolve = RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS};
-            fd = (int)syscall(SYS_openat2, AT_FDCWD, path, &how, sizeof how);
+            fd = open_directory(path);
             error = errno;
         }
         setfsuid(geteuid());
@@ -82,7 +90,7 @@ static bool fail_open(const struct mount_point *mount, struct failure *failure)
 
 static bool attach_one(const struct mount_point *mount, int fd, const struct job_user *user, struct failure *failure)
 {
-    int target = mount->owned ? open_as_user(mount->path, user) : open(mount->path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    int target = mount->owned ? open_as_user(mount->path, user) : open_directory(mount->path);
     if (target < 0)
         return fail_open(mount, failure);
     struct stat status;

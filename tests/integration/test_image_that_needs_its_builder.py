@@ -79,7 +79,7 @@ def leaving_run_path(tree: Path) -> None:
 
 
 def empty_run_path(tree: Path) -> None:
-    run("patchelf", "--set-rpath", "$ORIGIN/../lib::", tree / "bin/program")
+    run("patchelf", "--set-rpath", "$ORIGIN/../lib:", tree / "bin/program")
 
 
 def library_of_the_host(tree: Path) -> None:
@@ -176,7 +176,9 @@ FAULTS: list[tuple[Plant, str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("plant", "kind", "path", "detail"), FAULTS, ids=[fault[0].__name__ for fault in FAULTS])
+@pytest.mark.parametrize(
+    ("plant", "kind", "path", "detail"), FAULTS, ids=[fault[0].__name__ for fault in FAULTS]
+)
 def test_a_planted_fault_is_found(
     sound: Path, tmp_path: Path, plant: Plant, kind: str, path: str, detail: str
 ) -> None:

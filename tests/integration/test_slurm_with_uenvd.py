@@ -14,7 +14,7 @@ import pytest
 
 from support.cluster import Cluster, Result, missing, poll, running_cluster
 from support.daemon import Daemon, running_daemon
-from support.publishing import Publisher, simple_image
+from support.publishing import Publisher, make_squashfs, simple_image
 from support.registry import FakeRegistry, RealRegistry, docker_registry
 from support.slurmsite import built_plugin, told
 from support.users import TestUser, ordinary_user
@@ -178,6 +178,19 @@ def test_an_ordinary_users_own_file_runs_on_all_nodes(centre: Centre) -> None:
     done = centre.srun(f"--uenv={own}", "say")
     assert done.returncode != 0
     assert any("own.squashfs" in line for line in told(done))
+
+
+def test_a_link_in_an_image_leads_no_mount_out_of_it(centre: Centre) -> None:
+    """Root attaches the second image: behind the link it would be the node's /etc, with set-uid programs that believe it."""
+    outer = make_squashfs(centre.user.home / "outer.squashfs", {"inside/f": ""}, links={"way-out": "/etc"})
+    inner = make_squashfs(centre.user.home / "inner.squashfs", {"passwd": "root::0:0::/:/bin/sh\n"})
+    both = f"{outer}:{MOUNT_POINT},{inner}:{MOUNT_POINT}"
+    done = centre.srun(f"--uenv={both}/inside", "cat", f"{MOUNT_POINT}/inside/passwd")
+    assert done.stdout == "root::0:0::/:/bin/sh\n", done.stderr  # a nested mount as such is fine
+    done = centre.srun(f"--uenv={both}/way-out", "cat", "/etc/passwd")
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert any("symbolic link" in line for line in told(done)), done.stderr
 
 
 def test_a_stopped_uenvd_ends_srun_with_a_clear_line_on_both_sides(centre: Centre) -> None:

@@ -50,9 +50,14 @@ def env_json(
 
 
 def make_squashfs(
-    path: Path, files: Mapping[str, bytes | str], *, meta: bytes | None = None, options: tuple[str, ...] = ()
+    path: Path,
+    files: Mapping[str, bytes | str],
+    *,
+    meta: bytes | None = None,
+    links: Mapping[str, str] | None = None,
+    options: tuple[str, ...] = (),
 ) -> Path:
-    """Squash a tree of regular files (``meta`` becomes meta/env.json), owned by root, world-readable."""
+    """Squash a tree of regular files and symbolic ``links`` (``meta`` becomes meta/env.json), owned by root, world-readable."""
     tree = path.with_suffix(".tree")
     shutil.rmtree(tree, ignore_errors=True)
     contents = dict(files) | ({"meta/env.json": meta} if meta is not None else {})
@@ -62,6 +67,8 @@ def make_squashfs(
         target.write_bytes(content.encode() if isinstance(content, str) else content)
         target.chmod(0o755 if name.startswith("bin/") else 0o644)
     tree.mkdir(exist_ok=True)
+    for name, link_target in (links or {}).items():
+        (tree / name).symlink_to(link_target)
     path.unlink(missing_ok=True)
     environ = {key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"}
     subprocess.run(

@@ -47,9 +47,11 @@ def pack_directory(directory: Path, title: str) -> tuple[bytes, str]:
                     raise UsageError(
                         f"{directory} has more than {MAX_TREE_BYTES >> 20} MiB: too much for an attachment"
                     )
+            end = plain.tell()
     except OSError as error:
         raise UsageError(f"{error.filename or directory} cannot be read: {error.strerror}") from error
-    data = plain.getvalue()
+    # oras hashes up to the end marker; tarfile pads the archive beyond it.
+    data = plain.getvalue()[:end] + bytes(2 * _BLOCK)
     return gzip.compress(data, mtime=0), digest_of(data)
 
 

@@ -93,14 +93,17 @@ def run(arguments: argparse.Namespace) -> int:
             check_tag(tag)
     if arguments.deploy in MOVING_TAGS:
         raise UsageError(
-            f"{arguments.deploy!r} is a tag that moves: a release needs one that stays", hint="say --deploy v1"
+            f"{arguments.deploy!r} is a tag that moves: a release needs one that stays",
+            hint="say --deploy v1",
         )
     steps = Steps(say)
     tested: Tested
     deployed: Deployed | None = None
     with closing(open_registry(arguments)) as remote, contextlib.ExitStack() as stack:
         if remote.address.kind == "http":
-            remote.tags(repository)  # a registry that does not answer or lets nobody in is told before the build
+            remote.tags(
+                repository
+            )  # a registry that does not answer or lets nobody in is told before the build
         out = arguments.out or Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="uenv-build-", ignore_cleanup_errors=True))
         )

@@ -123,7 +123,9 @@ def test_version_is_the_directorys_name_also_with_one_per_uarch(sci: Path) -> No
         ("requirements.lock", "sha256", "md5", "requirements.lock:1: tiny==1.0: is no  name==version --hash"),
     ],
 )  # fmt: skip
-def test_an_error_of_ours_names_file_line_and_key(sci: Path, file: str, before: str, after: str, where: str) -> None:
+def test_an_error_of_ours_names_file_line_and_key(
+    sci: Path, file: str, before: str, after: str, where: str
+) -> None:
     change(sci / file, before, after)
     assert where in error_of(sci).message
 
