@@ -7,7 +7,7 @@ with one `WorkerReport`, then serves until the kernel says ENODEV. It keeps its 
 
 Names of descriptors:
   ``fuse``   an open ``/dev/fuse`` that is already mounted
-  ``image``  the image file, open for reading (absent when ``path`` is given: then the worker opens it after it became ``uid``)
+  ``image``  the image file, open for reading (absent when ``path`` is given: then the worker opens it, as ``reader`` or as ``uid``)
   ``mntns``  the mount namespace to enter before serving (absent: stay)
 """
 
@@ -38,6 +38,8 @@ class WorkerSetup:
     uid: int | None = None
     gid: int | None = None
     groups: tuple[int, ...] = ()
+    reader: tuple[int, int, tuple[int, ...]] | None = None
+    """Whose rights open ``path``: uid, gid, groups. None: those that the worker has when it is confined."""
     mask_privileged: bool = True
     """Show no device numbers, setuid or setgid bits or ``security.*`` attributes (design.md 12.1)."""
     cache_bytes: int = 64 << 20
@@ -58,6 +60,9 @@ class WorkerSetup:
                 raise ProtocolError("the worker's setup has another version")
             fields["descriptors"] = tuple(fields["descriptors"])
             fields["groups"] = tuple(fields["groups"])
+            if fields.get("reader") is not None:
+                uid, gid, groups = fields["reader"]
+                fields["reader"] = (uid, gid, tuple(groups))
             return cls(**fields)
         except (ValueError, TypeError, KeyError) as error:
             raise ProtocolError(f"malformed worker setup: {error}") from error

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
 from support.building import (
     DOWNLOADS,
     Wheel,
@@ -22,7 +23,6 @@ from support.building import (
 )
 from support.publishing import image_meta
 from support.users import TestUser, ordinary_user
-
 from uenvd.errors import AuditFailed, BuildFailed, DigestMismatch, UsageError
 from uenvd.publish.build import Built, build
 from uenvd.publish.recipe import load_recipe
@@ -116,7 +116,7 @@ def test_what_is_in_it(first: Built) -> None:
     meta = image_meta(first.image)
     assert meta is not None
     assert (meta.name, meta.mount, meta.default_view) == ("tiny", MOUNT, None)
-    views = {view.name: dict((op[1], op) for op in view.ops) for view in meta.views}
+    views = {view.name: {op[1]: op for op in view.ops} for view in meta.views}
     assert views["default"]["PATH"] == ("prepend", "PATH", (f"{MOUNT}/env/default/bin",))
     assert views["develop"]["TINY_ROOT"] == ("set", "TINY_ROOT", f"{MOUNT}/env/default")
     assert views["develop"]["UNWANTED"] == ("unset", "UNWANTED")

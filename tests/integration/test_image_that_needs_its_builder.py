@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from support.publishing import env_json
 
 PREFIX = "/user-environment"

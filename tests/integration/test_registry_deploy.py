@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
 from support.publishing import simple_image
-from support.registry import FakeRegistry, RealRegistry, docker_registry
+from support.registry import PASSWORD, USER, FakeRegistry, RealRegistry, docker_registry
 from support.reports import junit, report
 from uenvd.oci.index import index_repository, read_index
 from uenvd.oci.manifest import EMPTY_BLOB, EMPTY_TYPE, build_artifact
 from uenvd.oci.reference import parse_registry, repository_of
 from uenvd.oci.remote import Remote, open_remote
+from uenvd.publish.main import main
 from uenvd.publish.reframe.report import TESTED, VERDICT
 
 Publish = Callable[..., subprocess.CompletedProcess[str]]
@@ -53,25 +56,37 @@ def layout(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def publish(tmp_path: Path) -> Publish:
+def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Publish:
+    """Run a command in this process: starting a program a hundred times would take a minute."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("UENVD_SYSTEM", "demo")
+    monkeypatch.setenv("UENVD_UARCH", "zen3")
+
     def run(address: str, *words: object) -> subprocess.CompletedProcess[str]:
-        environ = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(tmp_path),
-            "UENVD_REGISTRY": address,
-            "UENVD_SYSTEM": "demo",
-            "UENVD_UARCH": "zen3",
-        }
-        return subprocess.run(
-            [sys.executable, "-m", "uenvd.publish.main", *map(str, words)],
-            capture_output=True,
-            text=True,
-            env=environ,
-            timeout=60,
-            check=False,
-        )
+        monkeypatch.setenv("UENVD_REGISTRY", address)
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            status = main([str(word) for word in words])
+        return subprocess.CompletedProcess(list(words), status, out.getvalue(), err.getvalue())
 
     return run
+
+
+def program(address: str, directory: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run a command as a program, which knows nothing of this process."""
+    return subprocess.run(
+        [sys.executable, "-m", "uenvd.publish.main", *map(str, words), "--registry", address],
+        capture_output=True,
+        text=True,
+        env={
+            "PATH": os.environ["PATH"],
+            "HOME": str(directory),
+            "UENVD_SYSTEM": "demo",
+            "UENVD_UARCH": "zen3",
+        },
+        timeout=60,
+        check=False,
+    )
 
 
 def attached(
@@ -276,7 +291,9 @@ def test_releases_at_the_same_time_are_all_in_the_index(
             == 0
         )
     with ThreadPoolExecutor(len(names)) as pool:
-        done = list(pool.map(lambda name: publish(address, "deploy", f"{name}/1:1", "--tag", "v1"), names))
+        done = list(
+            pool.map(lambda name: program(address, tmp_path, "deploy", f"{name}/1:1", "--tag", "v1"), names)
+        )
     assert [one.returncode for one in done] == [0] * len(names), done
     found = read_index(remote_of(address), "deploy", "demo").repositories()
     assert found == sorted(
@@ -325,3 +342,33 @@ def test_attachments_are_listed_and_fetched(
         ("bogus",),
     ):
         assert publish(layout, *words).returncode == 66
+
+
+def test_a_registry_that_gives_a_token_for_each_repository(images: list[Path], tmp_path: Path) -> None:
+    """Reading build/ and writing deploy/ need different tokens; anonymous users may do neither."""
+    token = tmp_path / "token"
+    token.write_text(PASSWORD)
+    token.chmod(0o600)
+    (tmp_path / "r.json").write_bytes(PASS)
+    with FakeRegistry(auth="bearer") as fake:
+        who = ("--username", USER, "--token-file", token)
+        label = "app/1.0:1@demo%zen3"
+        assert program(fake.url, tmp_path, "push", images[0], f"build::{label}", *who).returncode == 0
+        assert (
+            program(
+                fake.url,
+                tmp_path,
+                "attach",
+                f"build::{label}",
+                tmp_path / "r.json",
+                "--type",
+                "uenv/reframe",
+                *who,
+            ).returncode
+            == 0
+        )
+        refused = program(fake.url, tmp_path, "deploy", label, "--tag", "v1")
+        assert refused.returncode == 72 and PASSWORD not in refused.stderr
+        done = program(fake.url, tmp_path, "deploy", label, "--tag", "v1", *who)
+        assert done.returncode == 0, done.stderr
+        assert "app/1.0:v1,latest" in program(fake.url, tmp_path, "list", "--system", "demo", *who).stdout

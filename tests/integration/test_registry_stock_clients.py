@@ -27,7 +27,7 @@ from uenvd.oci.attach import (
 from uenvd.oci.copy import copy
 from uenvd.oci.index import read_index
 from uenvd.oci.manifest import squashfs_layer
-from uenvd.oci.reference import parse_registry
+from uenvd.oci.reference import attachment_tag, parse_registry
 from uenvd.oci.remote import open_remote
 from uenvd.publish.deploy import deploy_image
 from uenvd.publish.push import Target
@@ -166,7 +166,9 @@ def test_we_discover_and_deploy_what_oras_publishes(
     index = reindex(remote, "deploy", "demo", print)
     assert index.repositories() == [DEPLOY, other]
     assert {entry.verdict for entry in index.entries.values()} == {"passed"}
-    # What oras attached has no tag of its own; what we copied has.
+    for repository in index.repositories():
+        for one in attachments(remote, repository, digest):
+            assert attachment_tag(digest, one.digest) in remote.every_tag(repository), "safe from a clean-up"
     seen = json.loads(
         run(oras, "discover", "--plain-http", "--format", "json", f"{host}/{DEPLOY}:v1", cwd=tmp_path)
     )

@@ -136,18 +136,37 @@ def test_files_of_one_user_are_limited_more_and_end_at_once(daemon: Daemon, publ
     )
 
 
-def test_a_users_own_file_is_served_as_him(daemon: Daemon, public_dir: Path) -> None:
+def test_a_users_own_file_is_read_with_his_rights_and_served_out_of_his_reach(
+    daemon: Daemon, public_dir: Path
+) -> None:
     own = simple_image(public_dir / "own.squashfs", "own", "mine")
     own.chmod(0o600)
-    os.chown(own, NOBODY, NOBODY)
-    client, done = mount_file(daemon, own, NOBODY)
-    with client:
-        assert done["ok"], done
-        (worker,) = daemon.workers()
-        assert Path(f"/proc/{worker}/status").read_text().split("Uid:")[1].split()[:4] == [str(NOBODY)] * 4
-        with session(NOBODY, client.descriptors[0], MOUNT_POINT) as inside:
-            assert inside.eval(f"open('{MOUNT_POINT}/word').read()") == "mine"
+    with ordinary_user(public_dir) as user:
+        os.chown(own, user.uid, user.gid)
+        client, done = mount_file(daemon, own, user.uid)
+        with client:
+            assert done["ok"], done
+            (worker,) = daemon.workers()
+            assert (
+                Path(f"/proc/{worker}/status").read_text().split("Uid:")[1].split()[:4] == [str(NOBODY)] * 4
+            )
+            # A worker that its user can stop is a mount on which root's part of a job step hangs.
+            attempt = run_as(user.uid, f"import os; os.kill({worker}, 19)")
+            assert "PermissionError" in attempt.stderr
+            with session(user.uid, client.descriptors[0], MOUNT_POINT) as inside:
+                assert inside.eval(f"open('{MOUNT_POINT}/word').read()") == "mine"
     assert daemon.ask("images")["records"] == []  # never in the shared cache
+
+
+def test_a_file_of_the_users_group_is_read_with_his_groups(daemon: Daemon, public_dir: Path) -> None:
+    shared = simple_image(public_dir / "shared.squashfs", "shared", "ours")
+    shared.chmod(0o640)
+    with ordinary_user(public_dir, extra_group=True) as member, ordinary_user(public_dir) as stranger:
+        os.chown(shared, 0, member.groups[0])
+        for user, is_allowed in ((member, True), (stranger, False)):
+            client, done = mount_file(daemon, shared, user.uid)
+            with client:
+                assert done["ok"] is is_allowed, done
 
 
 def test_others_do_not_learn_of_a_users_files(daemon: Daemon, public_dir: Path) -> None:

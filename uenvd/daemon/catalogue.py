@@ -53,6 +53,7 @@ T = TypeVar("T")
 _REGISTRY_THREADS: Final = 16
 _QUIET_S: Final = 3.0
 """After a failure the registry is left alone for this long."""
+_ATTACHED_TTL_S: Final = 3600.0
 _MAX_MANIFESTS: Final = 512
 _MAX_ANSWERS: Final = 20_000
 _REWRITE_S: Final = 3600.0
@@ -226,6 +227,10 @@ class Catalogue:
         def remember(meta: ImageMeta | None, when_s: float) -> None:
             memory.remember_document(name, None if meta is None else meta.to_wire(), when_s)
 
+        answer: tuple[ImageMeta | None, float] = self._answers.get(("meta", found.digest), (None, 0.0))
+        meta, when_s = answer
+        if meta is not None and not question.refresh and 0 <= time.time() - when_s < _ATTACHED_TTL_S:
+            return meta  # five questions to a registry without referrers API, for what hardly ever changes
         try:
             return await self._remembered(
                 ("meta", found.digest),

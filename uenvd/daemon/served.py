@@ -247,13 +247,14 @@ class ServedImages:
         source = served.source
         if isinstance(source, FileSource):
             served.set_state("starting")
-            owner = source.owner
+            owner, identity = source.owner, self._worker_identity
             setup = WorkerSetup(
                 ("fuse", "mntns"),
                 path=source.path,
-                uid=owner.uid,
-                gid=owner.gid,
-                groups=owner.groups,
+                reader=(owner.uid, owner.gid, owner.groups),
+                uid=identity.uid,
+                gid=identity.gid,
+                groups=identity.groups,
                 cache_bytes=self._worker_cache_bytes,
                 name=served.label,
             )

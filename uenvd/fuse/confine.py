@@ -13,7 +13,8 @@ import os
 import resource
 import signal
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from uenvd import mounts
@@ -118,6 +119,25 @@ def confine(
         raise WorkerFailed(f"the worker could not be confined, {step}: {reason}") from error
     except MountFailed as error:
         raise WorkerFailed(f"the worker could not be confined, {step}: {error}") from error
+
+
+@contextmanager
+def acting_as(uid: int, gid: int, groups: tuple[int, ...]) -> Iterator[None]:
+    """Have the rights of a user for a while, as root: his ids and groups are effective, no capability is.
+
+    The real and saved ids stay root's, so the user can send this process no signal: it cannot be stopped while somebody waits for it.
+    Raises `OSError`.
+    """
+    own_groups = os.getgroups()
+    os.setgroups(groups)
+    try:
+        os.setegid(gid)
+        os.seteuid(uid)
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(own_groups)
 
 
 def _close_all_but(keep: set[int]) -> None:

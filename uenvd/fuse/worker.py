@@ -23,6 +23,7 @@ from pathlib import Path
 import pyfuse3
 import trio
 
+from uenvd import mounts
 from uenvd.errors import (
     AccessDenied,
     FormatError,
@@ -32,7 +33,7 @@ from uenvd.errors import (
     UsageError,
     WorkerFailed,
 )
-from uenvd.fuse.confine import confine
+from uenvd.fuse.confine import acting_as, confine
 from uenvd.fuse.faults import Faults
 from uenvd.fuse.pyfuse3_ops import Operations, serve
 from uenvd.fuse.tree import ROOT_INO, Tree
@@ -145,17 +146,27 @@ def _prepare(channel: socket.socket, setup: WorkerSetup, descriptors: dict[str, 
         raise WorkerFailed(
             "the worker's setup must hold the fuse descriptor, and either the image or its path"
         )
-    namespace = descriptors.get("mntns")
+    namespace = descriptors.pop("mntns", None)
     path = None if setup.path is None else os.path.abspath(setup.path)  # noqa: PTH100 - the directory is left, links are not ours
+    image = descriptors.get("image")
+    if path is not None and setup.reader is not None:
+        if namespace is not None:
+            mounts.setns(namespace, mounts.CLONE_NEWNS)
+            namespace = None
+        with acting_as(*setup.reader):
+            image = open_image(path)
+        descriptors["image"] = image
     confine(
         mount_namespace_fd=namespace,
         uid=setup.uid,
         gid=setup.gid,
         groups=setup.groups,
-        keep=frozenset({channel.fileno(), *(fd for key, fd in descriptors.items() if key != "mntns")}),
+        keep=frozenset({channel.fileno(), *descriptors.values()}),
         cache_bytes=setup.cache_bytes,
     )
-    image = descriptors["image"] if path is None else open_image(path)
+    if image is None:
+        assert path is not None
+        image = open_image(path)
     tree = open_tree(image, setup.name, mask_privileged=setup.mask_privileged, cache_bytes=setup.cache_bytes)
     return tree, setup.name
 

@@ -43,7 +43,7 @@ from uenvd.oci.metadata import (
     pack_directory,
     read_packed_meta,
 )
-from uenvd.oci.reference import attachment_tag, fallback_tag, is_digest
+from uenvd.oci.reference import attachment_tag, attachments_of, fallback_tag, is_digest, own_digits
 from uenvd.oci.remote import Progress, Remote, no_progress
 from uenvd.views import ImageMeta
 
@@ -185,6 +185,17 @@ def _list_under_tag(remote: Remote, repository: str, subject: str, mine: Sequenc
         f"the list of attachments of {subject} in {repository} is overwritten by others again and again",
         hint="the attachment is stored under a tag of its own; try again when fewer clients attach to this image",
     )
+
+
+def protect(remote: Remote, repository: str, subject_digest: str) -> int:
+    """Give the attachments of an image that have no tag of their own one each; return how many there were."""
+    tagged = attachments_of(subject_digest, remote.every_tag(repository))
+    bare = [
+        one for one in attachments(remote, repository, subject_digest) if own_digits(one.digest) not in tagged
+    ]
+    if bare:
+        link(remote, repository, subject_digest, [one.raw for one in bare])
+    return len(bare)
 
 
 def _describe(content: Content) -> Descriptor:

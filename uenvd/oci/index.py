@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
 
-from uenvd.errors import ManifestError, NotFound, RegistryError
+from uenvd.errors import LabelError, ManifestError, NotFound, RegistryError
 from uenvd.oci.attach import now
 from uenvd.oci.manifest import (
     CREATED,
@@ -180,7 +180,7 @@ def _entry(body: Any, namespace: str, system: str) -> Entry:  # noqa: ANN401 -- 
             and 0 <= entry.size_bytes < 1 << 63
             and entry.verdict in VERDICTS
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, LabelError) as error:
         raise ManifestError("the index has a malformed entry") from error
     if not good:
         raise ManifestError(f"the index has a malformed entry for {repository}")

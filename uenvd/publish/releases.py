@@ -9,7 +9,7 @@ from typing import Final
 
 from uenvd.errors import DeployRefused, ManifestError, NotFound, RegistryDenied, RegistryError
 from uenvd.oci import index as indexes
-from uenvd.oci.attach import WAIVER_TYPE, attached_meta, attachments
+from uenvd.oci.attach import WAIVER_TYPE, attached_meta, attachments, protect
 from uenvd.oci.index import Entry, SystemIndex, update_index
 from uenvd.oci.manifest import (
     CONFIG_TYPE,
@@ -24,6 +24,7 @@ from uenvd.oci.manifest import (
 from uenvd.oci.reference import split_repository
 from uenvd.oci.remote import Remote
 from uenvd.publish.gate import check_tested
+from uenvd.publish.options import BUILD
 
 DEPRECATION_TYPE: Final = "uenv/deprecation"
 """Why an image should not be used any more: JSON ``{"reason": text or null}``; the newest one counts."""
@@ -139,12 +140,13 @@ def refresh_repository(
     done then, and None returned.
     """
     parts = split_repository(repository)
-    if parts is None:
+    if parts is None or parts[0] == BUILD:
         return None
     namespace, system = parts[0], parts[1]
     try:
         indexes.read_index(remote, namespace, system)
-    except (NotFound, ManifestError):
+    except (NotFound, ManifestError, RegistryDenied):
+        # Some registries deny what is not there.
         if not create:
             return None
         return reindex(remote, namespace, system, say, also=[repository])
@@ -160,7 +162,10 @@ def refresh_repository(
 def reindex(
     remote: Remote, namespace: str, system: str, say: Callable[[str], None], *, also: Iterable[str] = ()
 ) -> SystemIndex:
-    """Make the index of a system anew: of every repository that the registry or the present index names, and ``also``."""
+    """Make the index of a system anew: of every repository that the registry or the present index names, and ``also``.
+
+    What stock clients attached gets the tags that keep it from a clean-up.
+    """
     reader = Reader(remote, say)
     repositories = set(also)
     try:
@@ -174,7 +179,10 @@ def reindex(
             fresh = fresh.with_repository(repository, reader.entries(repository, fresh))
         return fresh
 
-    return update_index(remote, namespace, system, change)
+    index = update_index(remote, namespace, system, change)
+    for repository, digest in index.entries:
+        protect(remote, repository, digest)
+    return index
 
 
 def list_repositories(remote: Remote, namespace: str, system: str) -> list[str]:

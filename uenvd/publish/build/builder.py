@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import getpass
 import hashlib
 import json
@@ -13,10 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 from uenvd import __version__
 from uenvd.errors import AuditFailed, BuildFailed, InternalError, ResourceMissing, UsageError, by_code
@@ -97,17 +99,11 @@ def build(
             return there
     size_bytes = _memory()
     inputs = fetch(recipe, cache, say)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        scratch_dir = tempfile.TemporaryDirectory(prefix=".build-", dir=out_dir)
-    except OSError as error:
-        raise BuildFailed(
-            f"cannot write to {out_dir}: {error.strerror}", hint="name another: --out DIR"
-        ) from error
-    with scratch_dir as name:
-        scratch = Path(name)
+    with _workspace(out_dir, stem, log) as (scratch, log_file):
         partial = scratch / "image.squashfs"
-        facts = _build_inside(recipe, inputs, partial, scratch, size_bytes, log, say, dict(environment or {}))
+        facts = _build_inside(
+            recipe, inputs, partial, scratch, size_bytes, log_file, say, dict(environment or {})
+        )
         say("auditing")
         needles = [
             BUILD_DIRECTORY,
@@ -134,6 +130,32 @@ def build(
         staged.rename(meta_dir)
         partial.replace(image)
     return Built(image, meta_dir, digest, log, seconds)
+
+
+@contextmanager
+def _workspace(out_dir: Path, stem: str, log: Path) -> Iterator[tuple[Path, TextIO]]:
+    """Own the place of an image: its empty log, which is also the lock, and a directory that is removed in the end."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        log_file = log.open("a")
+    except OSError as error:
+        raise BuildFailed(
+            f"cannot write to {out_dir}: {error.strerror}", hint="name another: --out DIR"
+        ) from error
+    with log_file:
+        try:
+            # Inherited by the build, so that it is held until that has ended, too.
+            fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BuildFailed(
+                f"another build of {stem} in {out_dir} is running",
+                hint="wait for it, or name another: --out DIR",
+            ) from None
+        log_file.truncate(0)
+        for left in out_dir.glob(f".build-{stem}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f".build-{stem}-", dir=out_dir) as name:
+            yield Path(name), log_file
 
 
 def _there(recipe: Recipe, image: Path, meta_dir: Path, log: Path) -> Built | None:
@@ -179,7 +201,7 @@ def _build_inside(
     partial: Path,
     scratch: Path,
     size_bytes: int,
-    log: Path,
+    log: TextIO,
     say: Say,
     environment: dict[str, str],
 ) -> dict[str, Any]:
@@ -196,39 +218,40 @@ def _build_inside(
         "environment": environment,
     }
     outcome: dict[str, Any] = {}
-    with log.open("w") as log_file:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "uenvd.publish.build.inside"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log_file,
-            text=True,
-        )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            with process.stdin as pipe:
-                json.dump(order, pipe)
-            for line in process.stdout:
-                message = json.loads(line)
-                if "step" in message:
-                    say(str(message["step"]))
-                else:
-                    outcome = message
-        finally:
-            if process.poll() is None and not outcome:
-                process.kill()
-            process.stdout.close()
-            process.wait()
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "uenvd.publish.build.inside"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        with process.stdin as pipe:
+            json.dump(order, pipe)
+        for line in process.stdout:
+            message = json.loads(line)
+            if "step" in message:
+                say(str(message["step"]))
+            else:
+                outcome = message
+    finally:
+        if process.poll() is None and not outcome:
+            process.kill()
+        process.stdout.close()
+        process.wait()
     if "done" in outcome:
         return dict(outcome["done"])
     if "error" not in outcome:
-        raise BuildFailed(f"the build ended with status {process.returncode} and said nothing; see {log}")
+        raise BuildFailed(
+            f"the build ended with status {process.returncode} and said nothing; see {log.name}"
+        )
     error = outcome["error"]
     kind = by_code(error["code"])
-    message = error["message"] if kind is not InternalError else f"{error['message']} (log: {log})"
+    message = error["message"] if kind is not InternalError else f"{error['message']} (log: {log.name})"
     if kind is BuildFailed:
-        message += f"\nthe log is {log}"
+        message += f"\nthe log is {log.name}"
     raise kind(message, hint=error["hint"] or None)
 
 

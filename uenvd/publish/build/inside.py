@@ -21,7 +21,7 @@ from uenvd.errors import BuildFailed, InternalError, ResourceMissing, StorageFul
 from uenvd.publish.build import interpreter, metadata, packages
 from uenvd.publish.build.audit import BUILD_DIRECTORY, Rules
 from uenvd.publish.build.relocate import objects, relocate
-from uenvd.publish.build.sandbox import enter
+from uenvd.publish.build.sandbox import die_with_parent, enter
 from uenvd.publish.recipe import Recipe, load_recipe
 
 ZSTD_LEVEL: Final = 9
@@ -80,7 +80,7 @@ class Build:
         try:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, errors="replace",
-                env={**self.environment, **variables}, timeout=_PROGRAM_S,
+                env={**self.environment, **variables}, timeout=_PROGRAM_S, preexec_fn=die_with_parent,
             )  # fmt: skip
         except FileNotFoundError as error:
             raise ResourceMissing(
@@ -217,6 +217,7 @@ def _tell(message: dict[str, Any]) -> None:
 
 def main() -> int:
     """Return the exit status: 0 when "done" was said, else 1."""
+    die_with_parent()
     os.umask(0o022)
     try:
         order = Order(**json.load(sys.stdin))

@@ -7,7 +7,9 @@ Nothing of it is visible to others, and all is gone with the last process inside
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Final
@@ -17,6 +19,8 @@ from uenvd.errors import MountFailed, ResourceMissing
 from uenvd.publish.build.audit import BUILD_DIRECTORY
 
 HOST_NAME: Final = "uenvd-build"
+_PR_SET_PDEATHSIG: Final = 1
+_libc = ctypes.CDLL(None)
 _ROOT_BYTES: Final = 16 << 20
 _NAMESPACES: Final = (
     mounts.CLONE_NEWUSER
@@ -63,6 +67,11 @@ def enter(prefix: str, new_root: Path, size_bytes: int) -> None:
     except OSError as error:
         about = f" ({os.fsdecode(error.filename)})" if error.filename else ""
         raise MountFailed(f"cannot make the private root to build in: {error.strerror}{about}") from error
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill the calling process when its parent ends, however that ends (prctl(2), PR_SET_PDEATHSIG)."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _copy_root(new_root: str, prefix: str) -> None:
