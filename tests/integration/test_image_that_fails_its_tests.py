@@ -64,9 +64,9 @@ class Pipeline:
         os.chown(self.directory / "registry", self.user.uid, self.user.gid)
         return digest
 
-    def start(self, *words: str, **environ: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, image: str = "", **environ: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [PUBLISH, "test", f"app/1:{self.images}@demo%zen3", *words],
+            [PUBLISH, "test", image or f"app/1:{self.images}@demo%zen3", *words],
             env={**self.environ, **environ},
             cwd=self.user.home,
             user=self.user.uid,
@@ -78,8 +78,8 @@ class Pipeline:
             text=True,
         )
 
-    def test(self, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        with self.start(*words, **environ) as process:
+    def test(self, *words: str, image: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
+        with self.start(*words, image=image, **environ) as process:
             try:
                 out, err = process.communicate(timeout=DEADLINE_S)
             except subprocess.TimeoutExpired:
@@ -252,6 +252,39 @@ def test_tests_do_not_see_secrets_nor_the_tools_python(pipeline: Pipeline) -> No
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 of 2 tests passed" in done.stderr
+
+
+def test_an_image_is_found_by_its_digest_alone(pipeline: Pipeline) -> None:
+    digest = pipeline.push(environments=None)
+    done = pipeline.test(image=digest)
+    assert (done.returncode, "no system was named" in done.stderr) == (66, True)
+    done = pipeline.test("--system", "demo", "--waive-tests", "x", image=digest)
+    assert done.returncode == 0, done.stderr
+    assert pipeline.report(digest)[0].annotations[VERDICT] == "waived"
+    done = pipeline.test("--system", "demo", "--waive-tests", " ", image=digest)
+    assert (done.returncode, "--waive-tests needs a reason" in done.stderr) == (66, True)
+    done = pipeline.test("--system", "demo", image="sha256:" + 64 * "0")
+    assert done.returncode == 68
+    assert list(pipeline.user.home.glob("uenv-test-*/store")) == []
+
+
+def test_the_images_default_view_does_not_reach_reframe(pipeline: Pipeline) -> None:
+    """It is loaded in every session that names no view; the tool's interpreter must not start in it, nor tests of other views."""
+    checked = SAYS.replace(
+        "say; echo word is $WORD", "say; echo word is $WORD; echo [$PYTHONPATH$PYTHONHOME$HOSTILE]"
+    ).replace("return sn.all([", "return sn.all([sn.assert_found(r'^\\[\\]$', self.stdout),")
+    pipeline.push(
+        says=checked,
+        default_view={
+            "PYTHONPATH": "/user-environment/python",
+            "PYTHONHOME": "/user-environment/python",
+            "HOSTILE": "1",
+            "RFM_CHECK_SEARCH_PATH": "/nowhere",
+        },
+    )
+    done = pipeline.test()
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 tests passed" in done.stderr
 
 
 def test_a_recipe_replaces_the_images_tests_and_views_are_checked_first(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from support.publishing import env_json, make_squashfs
@@ -95,16 +97,29 @@ def image_with_tests(
     word: str = "hello",
     *,
     environments: str | None = ENVIRONMENTS,
+    default_view: Mapping[str, str] | None = None,
     **tests: str,
 ) -> Path:
-    """Make an image with a program `say` and with these tests (file name without .py -> source)."""
+    """Make an image with a program `say` and with these tests (file name without .py -> source).
+
+    ``default_view``: variables of one more view that is loaded where nobody names a view.
+    """
     values = {
         "list": {"PATH": [{"op": "prepend", "value": ["/user-environment/bin"]}]},
         "scalar": {"WORD": word},
     }
-    files: dict[str, bytes | str] = {"bin/say": f"#!/bin/sh\necho {word}\n"}
+    views: dict[str, object] = {"default": values}
+    if default_view is not None:
+        views["hostile"] = {"list": {}, "scalar": dict(default_view)}
+    meta = json.loads(env_json(name, views=views))
+    if default_view is not None:
+        meta["default-view"] = "hostile"
+    files: dict[str, bytes | str] = {
+        "bin/say": f"#!/bin/sh\necho {word}\n",
+        "python/json.py": "raise SystemExit('the wrong json')\n",
+    }
     if environments is not None:
         files["meta/extra/reframe.yaml"] = environments
     for test, source in tests.items():
         files[f"meta/extra/reframe/{test}.py"] = source.replace("{word}", word)
-    return make_squashfs(path, files, meta=env_json(name, views={"default": values}))
+    return make_squashfs(path, files, meta=json.dumps(meta).encode())

@@ -12,8 +12,6 @@ untagged manifests deletes none of them.
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -43,6 +41,7 @@ from uenvd.oci.metadata import (
     pack_directory,
     read_packed_meta,
 )
+from uenvd.oci.optimistic import until_it_stays
 from uenvd.oci.reference import attachment_tag, attachments_of, fallback_tag, is_digest, own_digits
 from uenvd.oci.remote import Progress, Remote, no_progress
 from uenvd.views import ImageMeta
@@ -57,10 +56,7 @@ WAIVER_TYPE: Final = "uenv/waiver"
 TARBALL_TYPE: Final = "application/vnd.oci.image.layer.v1.tar+gzip"
 JSON_TYPE: Final = "application/json"
 
-_ROUNDS: Final = 12
 _MAX_METAS: Final = 4
-_FIRST_PAUSE_S: Final = 0.2
-_LONGEST_PAUSE_S: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -164,27 +160,21 @@ def attached_meta(remote: Remote, repository: str, digest: str) -> ImageMeta | N
 def _list_under_tag(remote: Remote, repository: str, subject: str, mine: Sequence[Descriptor]) -> None:
     """Put entries into the index under the fallback tag: write, wait, read again, until they stay."""
     tag = fallback_tag(subject)
-    pause_s, waited = _FIRST_PAUSE_S, False
-    with remote.updating(f"{repository}:{tag}") as alone:
-        for _ in range(_ROUNDS):
-            listed = {entry.digest: entry for entry in read_index(remote, repository, subject)}
-            wanted = {entry.digest: entry for entry in mine}
-            wanted |= {entry.digest: entry for entry in orphans(remote, repository, subject, listed | wanted)}
-            if wanted.keys() <= listed.keys():
-                # Before a wait this proves nothing: somebody who read earlier may be about to write.
-                if waited or alone:
-                    return
-            else:
-                remote.push_manifest(repository, tag, build_index([*(wanted | listed).values()]), INDEX_TYPE)
-                if alone:
-                    return
-            time.sleep(pause_s * random.uniform(0.7, 1.3))  # noqa: S311 -- spreads clients, no secret
-            waited = True
-            pause_s = min(pause_s * 1.4, _LONGEST_PAUSE_S)
-    raise RegistryError(
-        f"the list of attachments of {subject} in {repository} is overwritten by others again and again",
-        hint="the attachment is stored under a tag of its own; try again when fewer clients attach to this image",
-    )
+
+    def step() -> bool:
+        listed = {entry.digest: entry for entry in read_index(remote, repository, subject)}
+        wanted = {entry.digest: entry for entry in mine}
+        wanted |= {entry.digest: entry for entry in orphans(remote, repository, subject, listed | wanted)}
+        if wanted.keys() <= listed.keys():
+            return True
+        remote.push_manifest(repository, tag, build_index([*(wanted | listed).values()]), INDEX_TYPE)
+        return False
+
+    if not until_it_stays(remote, f"{repository}:{tag}", step):
+        raise RegistryError(
+            f"the list of attachments of {subject} in {repository} is overwritten by others again and again",
+            hint="the attachment is stored under a tag of its own; try again when fewer clients attach to this image",
+        )
 
 
 def protect(remote: Remote, repository: str, subject_digest: str) -> int:

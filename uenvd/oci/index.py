@@ -8,8 +8,6 @@ anew from the registry, so losing an update is a nuisance and not a loss; still,
 from __future__ import annotations
 
 import json
-import random
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,6 +23,7 @@ from uenvd.oci.manifest import (
     build_artifact,
     load_object,
 )
+from uenvd.oci.optimistic import until_it_stays
 from uenvd.oci.reference import is_digest, is_repository, is_tag, repository_of, split_repository
 from uenvd.oci.remote import Remote
 
@@ -37,10 +36,6 @@ MAX_INDEX_BYTES: Final = 8 << 20
 MAX_ENTRIES: Final = 20_000
 MAX_TEXT: Final = 4096
 VERDICTS: Final = frozenset({"passed", "waived", "untested"})
-
-_ROUNDS: Final = 10
-_FIRST_PAUSE_S: Final = 0.15
-_LONGEST_PAUSE_S: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -214,28 +209,26 @@ def update_index(
     malformed index counts as none. Raises `RegistryError` where others overwrite it again and again.
     """
     repository = index_repository(namespace, system)
-    pause_s, waited = _FIRST_PAUSE_S, False
-    with remote.updating(f"{repository}:{INDEX_TAG}") as alone:
-        for _ in range(_ROUNDS):
-            try:
-                there: SystemIndex | None = read_index(remote, namespace, system)
-            except (NotFound, ManifestError):
-                there = None
-            wanted = change(there or SystemIndex(namespace, system))
-            if there is not None and wanted == there:
-                if waited or alone:
-                    return there
-            else:
-                _write(remote, repository, wanted)
-                if alone:
-                    return wanted
-            time.sleep(pause_s * random.uniform(0.7, 1.3))  # noqa: S311 -- spreads clients, no secret
-            waited = True
-            pause_s = min(pause_s * 1.5, _LONGEST_PAUSE_S)
-    raise RegistryError(
-        f"the index {repository} is overwritten by others again and again",
-        hint="when they have finished, make it anew: uenvd-publish reindex --system " + system,
-    )
+    wanted = SystemIndex(namespace, system)
+
+    def step() -> bool:
+        nonlocal wanted
+        try:
+            there: SystemIndex | None = read_index(remote, namespace, system)
+        except (NotFound, ManifestError):
+            there = None
+        wanted = change(there or SystemIndex(namespace, system))
+        if wanted == there:
+            return True
+        _write(remote, repository, wanted)
+        return False
+
+    if not until_it_stays(remote, f"{repository}:{INDEX_TAG}", step):
+        raise RegistryError(
+            f"the index {repository} is overwritten by others again and again",
+            hint="when they have finished, make it anew: uenvd-publish reindex --system " + system,
+        )
+    return wanted
 
 
 def _write(remote: Remote, repository: str, index: SystemIndex) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -55,6 +56,8 @@ MAX_LIST_BYTES: Final = 16 << 20
 MAX_PAGES: Final = 1000
 MAX_ENTRIES: Final = 200_000
 
+_STORED: Final = frozenset({200, 201, 202})
+_UNKNOWN_BLOB_PAUSES_S: Final = (0.1, 0.3)
 _UPDATES: Final = tuple(threading.Lock() for _ in range(64))
 _ACCEPT = ", ".join([MANIFEST_TYPE, DOCKER_MANIFEST_TYPE, INDEX_TYPE, DOCKER_INDEX_TYPE])
 _NEXT = re.compile(r"<([^>]*)>\s*;[^,]*\brel\s*=\s*\"?next\"?")
@@ -304,15 +307,29 @@ class RegistryRemote:
         digest = digest_of(raw)
         reference = tag if tag is not None else digest
         check_reference(repository, reference)
-        reply = self._http.fetch(
-            "PUT",
-            self._url(repository, f"manifests/{reference}"),
-            scope=self._scope(repository, "push"),
-            what=self._name(repository, reference),
-            headers={"Content-Type": media_type},
-            data=raw,
-            accept=frozenset({200, 201, 202}),
-        )
+        what = self._name(repository, reference)
+
+        def put(accept: frozenset[int]) -> Reply:
+            return self._http.fetch(
+                "PUT",
+                self._url(repository, f"manifests/{reference}"),
+                scope=self._scope(repository, "push"),
+                what=what,
+                headers={"Content-Type": media_type},
+                data=raw,
+                accept=accept,
+            )
+
+        with self._http.bounded() as watch, self._http.errors(what):
+            reply = put(_STORED | {400})
+            for pause_s in _UNKNOWN_BLOB_PAUSES_S:
+                if reply.status != 400 or b"BLOB_UNKNOWN" not in reply.body:
+                    break
+                # docker-registry does not see a blob at the moment at which somebody else uploads the same one.
+                watch.sleep(pause_s * random.uniform(0.7, 1.3))  # noqa: S311 -- spreads clients, no secret
+                reply = put(_STORED | {400})
+            if reply.status == 400:
+                reply = put(_STORED)
         announced = reply.headers.get("Docker-Content-Digest", digest)
         if announced != digest:
             raise DigestMismatch(

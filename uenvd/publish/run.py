@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import tempfile
 import time
@@ -12,12 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from uenvd import __version__
 from uenvd.errors import UsageError
 from uenvd.oci.attach import META_TYPE, attach, directory_content
-from uenvd.oci.files import hash_file
 from uenvd.oci.reference import repository_of
 from uenvd.oci.remote import Remote
 from uenvd.publish.build import Built, build
@@ -101,9 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
     deployed: Deployed | None = None
     with closing(open_registry(arguments)) as remote, contextlib.ExitStack() as stack:
         if remote.address.kind == "http":
-            remote.tags(
-                repository
-            )  # a registry that does not answer or lets nobody in is told before the build
+            # A registry that does not answer or lets nobody in is told before the build.
+            remote.tags(repository)
         out = arguments.out or Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="uenv-build-", ignore_cleanup_errors=True))
         )
@@ -138,27 +134,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _build(recipe: Recipe, out: Path, cache: Path | None) -> Built:
-    found = previous(recipe, out)
-    if found is not None:
-        say(f"   it was built from the same recipe already: {found.image}")
-        return found
-    return build(recipe, out, cache=cache, say=lambda text: say(f"   {text}"))
-
-
-def previous(recipe: Recipe, out: Path) -> Built | None:
-    """Return what an earlier build of the very same recipe by the same version left in a directory; None if there is nothing whole."""
-    stem = out.absolute() / f"{recipe.name}-{recipe.version}"
-    image, meta_dir, log = (Path(f"{stem}{suffix}") for suffix in (".squashfs", ".meta", ".log"))
-    try:
-        facts: Any = json.loads((meta_dir / "configure.json").read_text())
-        same = (
-            facts["recipe"]["fingerprint"] == f"sha256:{recipe.fingerprint()}"
-            and facts["builder"] == f"uenvd {__version__} ({recipe.builder})"
-            and facts["image"] == hash_file(image)[0]
-        )
-        return Built(image, meta_dir, facts["image"], log, 0.0) if same else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    built = build(recipe, out, cache=cache, say=lambda text: say(f"   {text}"))
+    if built.reused:
+        say(f"   it was built from the same recipe already: {built.image}")
+    return built
 
 
 def _push(remote: Remote, built: Built, target: Target) -> str:

@@ -11,11 +11,14 @@ from pathlib import Path
 from uenvd.errors import UsageError
 from uenvd.label import parse_namespaced_label
 from uenvd.oci.reference import is_digest
+from uenvd.oci.remote import Remote
 from uenvd.publish.console import reporter, say, show, show_json
+from uenvd.publish.deploy import find_digest
 from uenvd.publish.options import (
     BUILD,
     add_registry_options,
     add_site_options,
+    need_system,
     open_registry,
     parse_site_label,
 )
@@ -31,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "image",
         metavar="LABEL|DIGEST",
-        help="[namespace::]name/version:tag@system%%uarch, or with @sha256:… for :tag; a bare sha256:… with --recipe",
+        help="[namespace::]name/version:tag@system%%uarch, with @sha256:… for :tag, or a bare sha256:…",
     )
     parser.add_argument("--namespace", metavar="NS", help=f"of the label, where it has none; default {BUILD}")
     parser.add_argument(
@@ -117,6 +120,8 @@ def duration(text: str) -> float:
 
 def wishes_of(arguments: argparse.Namespace, workdir: Path, recipe: Path | None) -> Wishes:
     """Return what the options say. Raises `ConfigError`, `UsageError`."""
+    if arguments.waive_tests is not None and not arguments.waive_tests.strip():
+        raise UsageError("--waive-tests needs a reason", hint="say who answers for it and why")
     environments: tuple[TestEnvironment, ...] | None = None
     own_tests: Path | None = None
     if recipe is not None:
@@ -167,11 +172,11 @@ def tell(tested: Tested) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Test; the digest of the attached report goes to stdout."""
-    target = image_target(arguments, arguments.image, arguments.recipe)
     workdir = make_workdir(arguments)
     passing = False
     try:
         with closing(open_registry(arguments)) as remote:
+            target = image_target(arguments, remote)
             wishes = wishes_of(arguments, workdir, arguments.recipe)
             tested = examine(remote, target, wishes, say=say, progress=reporter("pulling"))
         tell(tested)
@@ -215,11 +220,14 @@ def summary(tested: Tested) -> dict[str, object]:
     }
 
 
-def image_target(arguments: argparse.Namespace, text: str, recipe: Path | None) -> Target:
-    """Return where the image is. Raises `UsageError`, `LabelError`."""
+def image_target(arguments: argparse.Namespace, remote: Remote) -> Target:
+    """Return where the image is. Raises `UsageError`, `LabelError`, `UnknownLabel` and, for a bare digest, the remote's errors."""
+    text, recipe = arguments.image, arguments.recipe
+    namespace = arguments.namespace or BUILD
+    if is_digest(text) and recipe is None:
+        return find_digest(remote, namespace, need_system(arguments), text)
     label = parse_site_label(arguments, f"@{text}" if is_digest(text) else text)
     if label.name is None and recipe is not None:
         named = parse_namespaced_label("/".join(recipe.resolve().parts[-2:]))
         label = label._replace(name=named.name, version=label.version or named.version)
-    namespace = None if label.namespace else (arguments.namespace or BUILD)
-    return target_of(str(label), namespace, digest_allowed=True)
+    return target_of(str(label), None if label.namespace else namespace, digest_allowed=True)

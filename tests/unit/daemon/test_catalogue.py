@@ -15,16 +15,20 @@ import trio
 from uenvd.cache.store import Store
 from uenvd.config import Config, RegistryConfig
 from uenvd.daemon.catalogue import Catalogue, Image
+from uenvd.daemon.resolution import listed
 from uenvd.errors import (
     AccessDenied,
     AmbiguousLabel,
     LabelError,
     ManifestError,
     NotFound,
+    RegistryDenied,
+    RegistryError,
     RegistryUnreachable,
     UnknownLabel,
 )
 from uenvd.label import parse_namespaced_label
+from uenvd.oci.index import Entry, SystemIndex
 from uenvd.oci.manifest import (
     CONFIG_TYPE,
     SQUASHFS_TYPE,
@@ -265,3 +269,50 @@ async def test_unusable_metadata_is_as_none_but_no_squashfs_is_an_error(
     registry.images["deploy/demo/zen3/text/1"] = {"v1": manifest.digest}
     with pytest.raises(ManifestError):
         await resolve(make(registry, store), "text/1", refresh=True)
+
+
+@pytest.mark.parametrize("denied", [RegistryDenied("no"), RegistryError("HTTP 500")])
+async def test_a_registry_that_denies_the_index_is_asked_for_its_list(
+    registry: FakeRegistry, store: Store, monkeypatch: pytest.MonkeyPatch, denied: RegistryError
+) -> None:
+    """Hosted registries deny what is not there."""
+    digest = registry.add(APP, "v1", "one")
+    manifest = registry.manifest
+
+    def deny(repository: str, reference: str) -> Manifest:
+        if repository.endswith("/index"):
+            raise denied
+        return manifest(repository, reference)
+
+    monkeypatch.setattr(registry, "manifest", deny)
+    catalogue = make(registry, store)
+    assert (await resolve(catalogue, "app"))[0].found.digest == digest
+    found = await catalogue.listing(parse_namespaced_label("app"), catalogue.question())
+    assert [(one.found.digest, one.size_bytes) for one in found] == [(digest, 3)]
+
+
+async def test_the_list_of_an_index_is_filtered_like_any(registry: FakeRegistry, store: Store) -> None:
+    entries = [
+        Entry(
+            f"deploy/demo/{uarch}/{name}/1.0",
+            "sha256:" + str(number) * 64,
+            ("latest", "v1"),
+            "sha256:" + "9" * 64,
+            number,
+        )
+        for number, (name, uarch) in enumerate(
+            [("app", "zen3"), ("app", "a100"), ("apple", "zen3"), ("other", "zen3")]
+        )
+    ]
+    index = SystemIndex("deploy", "demo", {(entry.repository, entry.digest): entry for entry in entries})
+
+    def texts(label: str) -> list[str]:
+        return [
+            str(one.found.label._replace(namespace=None))
+            for one in listed(parse_namespaced_label(label), index)
+        ]
+
+    assert texts("app:v1%zen3") == ["app/1.0:v1@demo%zen3", "apple/1.0:v1@demo%zen3"]
+    assert len(texts("app")) == 6 and len(texts("@demo")) == 8
+    assert texts("other@" + "sha256:" + "3" * 64) == ["other/1.0:latest@demo%zen3", "other/1.0:v1@demo%zen3"]
+    assert texts("other/2") == []

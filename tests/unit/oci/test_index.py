@@ -123,7 +123,7 @@ def test_an_update_that_others_overwrite_is_made_again(
         if rival is not None:
             indexes._write(remote, index_repository("deploy", "demo"), rival)
 
-    monkeypatch.setattr(indexes.time, "sleep", sleep)
+    monkeypatch.setattr("uenvd.oci.optimistic.time.sleep", sleep)
     update_index(remote, "deploy", "demo", lambda there: there.with_repository(ENTRY.repository, [ENTRY]))
     assert read_index(remote, "deploy", "demo") == index_of(ENTRY)
     rivals += [index_of() for _ in range(50)]

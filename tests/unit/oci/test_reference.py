@@ -2,11 +2,14 @@ import pytest
 
 from uenvd.errors import ConfigError, LabelError, RegistryError
 from uenvd.oci.reference import (
+    attachment_tag,
+    attachments_of,
     check_reference,
     fallback_tag,
     is_fallback_tag,
     is_repository,
     is_tag,
+    own_digits,
     parse_registry,
     repository_of,
     split_repository,
@@ -97,3 +100,17 @@ def test_grammar() -> None:
     for repository, reference in [("A", "v1"), ("a", "sha256:12"), ("a", "../x"), ("../a", "v1")]:
         with pytest.raises(RegistryError):
             check_reference(repository, reference)
+
+
+def test_tags_of_attachments_are_no_tags_of_images() -> None:
+    subject, mine = "sha256:" + "a" * 64, "sha256:" + "b1" * 32
+    tag = attachment_tag(subject, mine)
+    assert is_tag(tag) and is_fallback_tag(tag) and tag.startswith(fallback_tag(subject))
+    others = [
+        attachment_tag("sha256:" + "c" * 64, mine),
+        fallback_tag(subject),
+        f"{fallback_tag(subject)}.sig",
+        "v1",
+    ]
+    assert attachments_of(subject, [tag, *others]) == {own_digits(mine): tag}
+    assert not is_fallback_tag("v1") and not is_fallback_tag("sha256-" + "a" * 63)

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -188,11 +189,36 @@ def _memory() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) << 10
+    available = min(available, _cgroup_memory(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
     if available < MIN_MEMORY_BYTES:
         raise ResourceMissing(
-            f"images are built in memory, and {available >> 20} MiB are free: at least {MIN_MEMORY_BYTES >> 20} MiB are needed"
+            f"images are built in memory, and {available >> 20} MiB are free: at least {MIN_MEMORY_BYTES >> 20} MiB are needed",
+            hint="ask for more memory, where this is a job or a container",
         )
     return int(available * _MEMORY_SHARE)
+
+
+def _cgroup_memory(root: Path, own: Path) -> int:
+    """Return what the limits of this process's cgroup (version 2) and of those above it leave; without limits very much.
+
+    What a build writes is charged there: a job or a container that exceeds its limit is killed.
+    """
+    left = 1 << 62
+    try:
+        name = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return left
+    place = root / name.strip("/")
+    for group in (place, *place.parents):
+        if not group.is_relative_to(root):
+            break
+        try:
+            limit = (group / "memory.max").read_text().strip()
+            if limit != "max":
+                left = min(left, int(limit) - int((group / "memory.current").read_text()))
+        except (OSError, ValueError):
+            continue
+    return max(left, 0)
 
 
 def _build_inside(
@@ -244,8 +270,11 @@ def _build_inside(
     if "done" in outcome:
         return dict(outcome["done"])
     if "error" not in outcome:
+        killed = process.returncode == -signal.SIGKILL
         raise BuildFailed(
-            f"the build ended with status {process.returncode} and said nothing; see {log.name}"
+            f"the build {'was killed' if killed else f'ended with status {process.returncode}'} and said nothing; "
+            f"see {log.name}",
+            hint="was there not enough memory? images are built in it" if killed else "",
         )
     error = outcome["error"]
     kind = by_code(error["code"])

@@ -66,7 +66,10 @@ def enter(prefix: str, new_root: Path, size_bytes: int) -> None:
         socket.sethostname(HOST_NAME)
     except OSError as error:
         about = f" ({os.fsdecode(error.filename)})" if error.filename else ""
-        raise MountFailed(f"cannot make the private root to build in: {error.strerror}{about}") from error
+        raise MountFailed(
+            f"cannot make the private root to build in: {error.strerror}{about}",
+            hint="may processes mount in user namespaces of their own here (AppArmor, seccomp of a container)?",
+        ) from error
 
 
 def die_with_parent() -> None:

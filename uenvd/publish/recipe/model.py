@@ -14,7 +14,7 @@ Builder = Literal["stackinator", "python"]
 
 DEFAULT_MOUNT: Final = "/user-environment"
 EPOCH_S: Final = 315_576_060
-"""1980-01-01T00:01:00Z, the fixed time of builds that name none: the first minute that a zip file can hold, and Stackinator's own."""
+"""1980-01-01T12:01:00Z, the fixed time of builds that name none: late enough for zip files in every time zone, and Stackinator's own."""
 
 NOT_PART_OF_A_RECIPE: Final = frozenset({"__pycache__", ".git", ".reframe", "stage", "output"})
 
