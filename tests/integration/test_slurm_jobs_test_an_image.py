@@ -14,7 +14,7 @@ import pytest
 from support.cluster import Cluster, Result, missing, running_cluster
 from support.daemon import running_daemon
 from support.publishing import Publisher
-from support.reframetests import HEAD, image_with_tests
+from support.reframetests import HANGS, HEAD, image_with_tests
 from support.registry import RealRegistry, docker_registry
 from support.slurmsite import built_plugin
 from support.users import TestUser, ordinary_user
@@ -158,3 +158,18 @@ def test_where_slurm_has_no_plugin_the_image_fails(centre: Centre) -> None:
         centre.cluster.set_plugstack(f"required {plugin} socket={centre.cluster.control_dir / 'control'}")
     assert done.returncode == 105, done.stderr
     assert "unrecognized option" in done.stderr
+
+
+def test_jobs_that_hang_are_cancelled(centre: Centre) -> None:
+    flag = centre.cluster.scratch / "hangs"
+    tests = HANGS.replace("{flag}", str(flag))
+    image = image_with_tests(centre.cluster.dir / "slow.squashfs", "slow", hangs=tests)
+    digest = Publisher(centre.registry.url, namespace="build").push(image, "slow/1", "7")
+    done = centre.test("slow/1:7@demo%zen3", "--timeout", "6s")
+    assert done.returncode == 105, done.stderr
+    assert "did not end within 6 s" in done.stderr
+    assert flag.exists()
+    centre.cluster.wait_idle()
+    remote = open_remote(parse_registry(centre.registry.url))
+    (manifest,) = attachments(remote, "build/demo/zen3/slow/1", digest, REFRAME_TYPE)
+    assert manifest.annotations[VERDICT] == "fail"

@@ -302,20 +302,18 @@ def _covered(plan: _Plan, report: bytes, waiver: str | None) -> tuple[bytes, str
 
 def _private(plan: _Plan) -> dict[str, str]:
     """Return what a report must not say, and what it says instead."""
-    home = plan.environ.get("HOME", "")
-    user = plan.environ.get("USER") or plan.environ.get("LOGNAME") or ""
-    found = {
-        str(plan.workdir): "WORKDIR",
-        str(Path(sys.prefix)): "PREFIX",
+    places = {
+        plan.environ.get("HOME", ""): "HOME",
+        str(Path(__file__).parents[1]): "UENVD",
+        sys.prefix: "PREFIX",
         os.path.realpath(sys.prefix): "PREFIX",
+        str(plan.workdir): "WORKDIR",
+        **{str(path if path.is_dir() else path.parent): "TESTS" for path in plan.tests},
     }
-    found[str(Path(__file__).parents[1])] = "UENVD"
-    if home.count("/") > 1:
-        found[home] = "HOME"
-    if user not in ("", "root"):
-        found[user] = "USER"
-    found.update({str(path if path.is_dir() else path.parent): "TESTS" for path in plan.tests})
-    return found
+    # /usr, /tmp and /root tell nothing, and to replace them would spoil what else is said.
+    found = {place: name for place, name in places.items() if place.count("/") > 1}
+    user = plan.environ.get("USER") or plan.environ.get("LOGNAME") or ""
+    return found if user in ("", "root") else found | {user: "USER"}
 
 
 # --- how it is mounted --------------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def views(environment: y.Section) -> tuple[View, ...]:
             section.fail(name, "is no name for a view (letters, digits, '_', '.', '-')")
         body = section.section(name)
         for key in ("exclude", "select"):
-            body.take(key, y.texts, None)
+            body.take(key, lambda node: y.each(node, _spec_or_nothing), None)
         body.take("link", _link, "roots")
         body.take("link_type", y.word, None)
         body.section("projections")
@@ -155,6 +155,11 @@ def _assignments(variables: y.Section, key: str, *, may_be_list: bool) -> tuple[
             )
         result.append((name, value))
     return tuple(result)
+
+
+def _spec_or_nothing(node: yaml.Node) -> str:
+    """Convert an item of ``select`` and ``exclude``; an empty text, which Stackinator allows, selects nothing."""
+    return "" if isinstance(node, yaml.ScalarNode) and node.value == "" else y.text(node)
 
 
 def _link(node: yaml.Node) -> str:

@@ -126,7 +126,7 @@ def _old_compilers(document: y.Section) -> tuple[str, ...]:
     if node is not None and not y.is_null(node):
         llvm = document.section("llvm")
         requires = llvm.need("requires", _Matching("gcc"))
-        if requires not in specs[1:]:
+        if not any(_satisfies(spec, requires) for spec in specs[1:]):
             llvm.fail("requires", f"{requires} is not among gcc.specs")
         specs += llvm.need("specs", lambda node: y.each(node, _Matching("llvm")))
         llvm.end()
@@ -142,7 +142,7 @@ def environments(document: y.Section, generation: int, known: tuple[str, ...]) -
         used = _environment_compilers(section, generation, known)
         specs = section.need("specs", lambda node: y.each(node, _spec))
         mpi = _mpi(section) if generation == 1 else _network(section)
-        section.take("unify", _OneOf("true", "false", "when_possible"), "true")
+        section.take("unify", _unify, "true")
         section.take("deprecated", y.truth, False)
         section.take("variants", y.texts, None)
         if generation <= 2:
@@ -197,7 +197,7 @@ def _environment_compilers(section: y.Section, generation: int, known: tuple[str
                 "compiler", "must be a list of  - {toolchain: gcc or llvm, spec: NAME@VERSION}", line=line,
                 hint="both llvm and nvhpc are of the toolchain llvm",
             )  # fmt: skip
-        if entry["spec"] not in known:
+        if not any(_satisfies(spec, entry["spec"]) for spec in known):
             section.fail(
                 "compiler",
                 f"{entry['spec']} is not in compilers.yaml",
@@ -206,6 +206,13 @@ def _environment_compilers(section: y.Section, generation: int, known: tuple[str
             )
         used.append(entry["spec"])
     return tuple(used)
+
+
+def _satisfies(spec: str, wanted: str) -> bool:
+    """Whether a compiler is the one that is wanted: ``gcc@12.3`` is ``gcc``, ``gcc@12`` and ``gcc@12.3``."""
+    name, _, version = spec.partition("@")
+    wanted_name, _, wanted_version = wanted.partition("@")
+    return name == wanted_name and (not wanted_version or f"{version}.".startswith(f"{wanted_version}."))
 
 
 def _mpi(section: y.Section) -> str | None:
@@ -251,6 +258,10 @@ def _package_repositories(section: y.Section, generation: int) -> None:
             part.fail("commit", "is missing (recipe format 2)")
         part.take("path", y.text, None)
         part.end()
+
+
+def _unify(node: yaml.Node) -> str:
+    return y.text(node) if getattr(node, "value", None) == "when_possible" else str(y.truth(node))
 
 
 def _format(node: yaml.Node) -> int:

@@ -64,17 +64,21 @@ def parse_environments(text: str, source: str) -> tuple[TestEnvironment, ...]:
 
 def _environment(name: str, section: yamlfile.Section) -> TestEnvironment:
     activation = section.node("activation")
+    script: tuple[str, ...] = ()
     if isinstance(activation, yaml.ScalarNode) and not yamlfile.is_null(activation):
-        section.fail(
-            "activation",
-            "must be a list of shell commands",
-            hint="a script is written as a list too: activation: ['. /path/of/script']",
-        )
+        if not re.fullmatch(r"/[^\s'\"$`;&|]+", activation.value):
+            section.fail(
+                "activation",
+                "must be a list of shell commands",
+                hint="a script is written as a list too: activation: ['. /path/of/script']",
+            )
+        # Recipes of early 2024: the absolute path of a script.
+        script = (f". {activation.value}",)
     environment = TestEnvironment(
         name,
         features=section.take("features", _features, ()),
         views=section.take("views", _views, ()),
-        activation=section.take("activation", _texts, ()),
+        activation=script or section.take("activation", _texts, ()),
         cc=section.take("cc", yamlfile.text, None),
         cxx=section.take("cxx", yamlfile.text, None),
         ftn=section.take("ftn", yamlfile.text, None),

@@ -157,6 +157,17 @@ def test_an_error_of_a_stackinator_recipe_names_file_line_and_key(
     assert where in error_of(old).message
 
 
+def test_compilers_may_be_named_loosely(old: Path) -> None:
+    change(old / "environments.yaml", "spec: gcc@11.3", "spec: gcc")
+    change(old / "environments.yaml", "spec: nvhpc@22.11", "spec: nvhpc@22")
+    change(old / "environments.yaml", "exclude: [cmake]", 'exclude: [""]')
+    change(old / "environments.yaml", "unify: true", "unify: True")
+    change(old / "compilers.yaml", "requires: gcc@11.3", "requires: gcc@11")
+    assert load_recipe(old).environments[0].compilers == ("gcc", "nvhpc@22")
+    change(old / "environments.yaml", "spec: nvhpc@22", "spec: nvhpc@2")
+    assert "nvhpc@2 is not in compilers.yaml" in error_of(old).message
+
+
 def test_two_views_of_one_name(old: Path) -> None:
     text = (old / "environments.yaml").read_text()
     second = text[text.index("qe:") :].replace("qe:", "qe2:", 1)

@@ -39,6 +39,11 @@ def test_the_keys_of_cscs_and_ours() -> None:
     assert parse_environments("", "f") == ()
 
 
+def test_a_script_as_in_recipes_of_early_2024() -> None:
+    (environment,) = parse_environments("a:\n  activation: /user-environment/activate.sh\n", "f")
+    assert environment.activation == (". /user-environment/activate.sh",)
+
+
 @pytest.mark.parametrize(
     ("text", "where", "hint"),
     [

@@ -106,6 +106,14 @@ def test_jobs_get_image_and_views_as_options() -> None:
     assert not any("export" in line for line in default["prepare_cmds"])
 
 
+def test_a_job_that_has_not_got_the_image_ends() -> None:
+    (default,) = configuration(site(JOBS), [TestEnvironment("default")])["environments"]
+    script = "\n".join([*default["prepare_cmds"], "echo ran"])
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (125, "")
+    assert "the image under test is not mounted here" in done.stderr
+
+
 def test_a_view_that_is_not_there_is_told_with_its_environment() -> None:
     wrong = TestEnvironment("dev", views=("develop",))
     for slurm in (None, JOBS):
