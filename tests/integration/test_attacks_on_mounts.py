@@ -280,6 +280,7 @@ def test_worker_has_no_rights(daemon: MiniDaemon, image: Path) -> None:
 
 
 def test_mounts_module_closes_what_it_opens() -> None:
+    gc.collect()
     before = set(os.listdir("/proc/self/fd"))
     fuse = mounts.open_fuse_device()
     os.close(mounts.fuse_mount(fuse, source="uenvd:x"))

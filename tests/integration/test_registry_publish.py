@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.registry import PASSWORD, USER, FakeRegistry, RealRegistry, docker_registry, free_port
+from uenvd.oci.chunks import verify_file
 from uenvd.oci.manifest import parse_config, squashfs_layer
 from uenvd.oci.reference import parse_registry
 from uenvd.oci.remote import open_remote
@@ -85,6 +86,9 @@ def test_push_and_tag(publish: Publish, address: str, images: list[Path]) -> Non
     config = parse_config(remote.small_blob(REPOSITORY, manifest.config, 1 << 20))
     assert config is not None and config.meta is not None
     assert (config.architecture, config.meta.name, config.image_digest) == ("x86_64", "app", layer.digest)
+    assert config.chunks is not None
+    data = images[0].read_bytes()
+    verify_file(config.chunks, lambda pos, size: data[pos : pos + size])
 
     again = publish("push", images[0], LABEL, UENVD_REGISTRY=address)
     assert (again.returncode, again.stdout.strip()) == (0, digest), "the same file is the same image"

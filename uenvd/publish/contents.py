@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import stat
 import struct
 from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,23 +36,11 @@ class Contents:
     """Of most of the programs looked at; None if there are none."""
     created: str
     """RFC 3339, from the superblock, so that one file always gives one manifest."""
-    chunks: ChunkList
 
 
 def read_contents(path: Path) -> Contents:
     """Look into a squashfs file. Raises `UsageError` if it cannot be read, `FormatError` if it is no squashfs."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        if os.fstat(fd).st_mode & 0o170000 != 0o100000:
-            raise UsageError(f"{path} is no regular file")
-
-        def read(pos_bytes: int, size_bytes: int) -> bytes:
-            return os.pread(fd, size_bytes, pos_bytes)
-
-        image = Image(read, os.fstat(fd).st_size)
+    with _opened(path) as (image, read, _size_bytes):
 
         def read_file(name: bytes) -> bytes | None:
             inode = image.find(name)
@@ -60,11 +50,32 @@ def read_contents(path: Path) -> Contents:
 
         created = datetime.fromtimestamp(image.superblock.mkfs_time_s, UTC)
         return Contents(
-            read_image_meta(read_file),
-            _architecture(image, read),
-            created.strftime("%Y-%m-%dT%H:%M:%SZ"),
-            chunk_list(image, read, os.fstat(fd).st_size),
+            read_image_meta(read_file), _architecture(image, read), created.strftime("%Y-%m-%dT%H:%M:%SZ")
         )
+
+
+def read_chunks(path: Path) -> ChunkList:
+    """Make the chunk list of a squashfs file, which reads all of it. Raises as `read_contents`."""
+    with _opened(path) as (image, read, size_bytes):
+        return chunk_list(image, read, size_bytes)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Image, ReadAt, int]]:
+    """Yield (image, how to read it, size in bytes)."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise UsageError(f"{path} is no regular file")
+
+        def read(pos_bytes: int, size_bytes: int) -> bytes:
+            return os.pread(fd, size_bytes, pos_bytes)
+
+        yield Image(read, found.st_size), read, found.st_size
     except FormatError as error:
         raise FormatError(f"{path}: {error.message}", hint=error.hint) from error
     except OSError as error:

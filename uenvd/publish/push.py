@@ -25,7 +25,7 @@ from uenvd.oci.manifest import (
 )
 from uenvd.oci.reference import is_fallback_tag, is_tag, repository_of
 from uenvd.oci.remote import Progress, Remote
-from uenvd.publish.contents import read_contents
+from uenvd.publish.contents import read_chunks, read_contents
 from uenvd.publish.options import BUILD, DEPLOY
 
 DEFAULT_NAMESPACE: Final = DEPLOY
@@ -122,7 +122,7 @@ def push_image(
     _check_architecture(target, architecture)
     layer = describe(path, hashing)
     config = ImageConfig(
-        contents.meta, architecture, contents.created, layer.digest, layer.size_bytes, contents.chunks
+        contents.meta, architecture, contents.created, layer.digest, layer.size_bytes, read_chunks(path)
     ).encode()
     if len(config) > MAX_CONFIG_BYTES:
         raise FormatError(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import trio
 
+from support.fakedaemon import open_descriptors
 from uenvd import protocol
 from uenvd.daemon.control import Answer, Connection, ControlServer
 from uenvd.errors import UnknownLabel
@@ -176,19 +177,19 @@ async def test_no_descriptor_is_taken_from_a_peer(tmp_path: Path) -> None:
     async with serving(tmp_path / "s") as (_server, connect):
         client = await connect()
         assert (await client.ask("status"))["ok"] is True
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_descriptors()
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 100))]
         for _ in range(20):
             await client.sock.sendmsg([protocol.encode(protocol.request("status"))], rights)
             assert (await client.receive())["ok"] is True
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert open_descriptors() == before
 
 
 async def test_descriptors_go_out_with_the_final_frame_and_are_closed_here(tmp_path: Path) -> None:
     async with serving(tmp_path / "s") as (_server, connect):
         client = await connect()
         assert (await client.ask("status"))["ok"] is True
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_descriptors()
         await client.send(protocol.request("mount", uenv="x"))
         data, ancillary, _flags, _address = await client.sock.recvmsg(65536, socket.CMSG_SPACE(4 * 8))
         assert json.loads(data)["ok"] is True
@@ -196,7 +197,7 @@ async def test_descriptors_go_out_with_the_final_frame_and_are_closed_here(tmp_p
         assert len(received) == 1
         os.close(received[0])
         assert (await client.ask("status"))["ok"] is True  # the mount's answer is dealt with by now
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert open_descriptors() == before
 
 
 async def test_what_hangs_on_a_connection_ends_with_it(tmp_path: Path) -> None:
