@@ -188,6 +188,20 @@ def test_an_image_without_metadata_needs_an_explicit_mount_point(
         assert client.ask("wait", lease=lease)["env"] == []
 
 
+def test_what_the_worker_notes_of_an_image_reaches_its_users(
+    daemon: Daemon, public_dir: Path, registry: str
+) -> None:
+    huge = make_squashfs(public_dir / "huge.squashfs", {"word": "huge"}, meta=b" " * (2 << 20))
+    Publisher(registry).push(huge, "huge/1", "v1", stock=True)
+    with daemon.client() as client:
+        lease = client.ask("mount", uenv=f"huge/1:{MOUNT_POINT}")["lease"]
+        (note,) = client.ask("wait", lease=lease)["notes"]
+        assert "huge/1" in note
+        assert "meta/env.json" in note
+        again = client.ask("mount", uenv=f"huge/1:{MOUNT_POINT}")
+        assert (again["state"], again["notes"]) == ("ready", [note])
+
+
 def test_a_view_of_a_stock_image_is_checked_once_it_is_known(
     daemon: Daemon, public_dir: Path, registry: str
 ) -> None:

@@ -39,6 +39,11 @@ class Lease:
         """Whether every file of every image can be read."""
         return all(served.state == "serving" for served in self.served)
 
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say of the images, by now."""
+        return [f"{served.label}: {note}" for served in self.served for note in served.notes]
+
 
 class Leases:
     """All leases. Root's are not limited."""

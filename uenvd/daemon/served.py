@@ -69,6 +69,8 @@ class Served:
     leases: int = 0
     done_bytes: int = 0
     meta: ImageMeta | None = None
+    notes: tuple[str, ...] = ()
+    """What the worker had to say of the image, for its users."""
     error: UenvError | None = None
     worker: Worker | None = None
     changed: trio.Event = field(default_factory=trio.Event)
@@ -294,6 +296,7 @@ class ServedImages:
         worker, report = await begin_on(self._workers, setup, descriptors)
         served.worker = worker
         served.meta = report.meta
+        served.notes = report.notes
         log.info("%s is served by pid %d", served.label, worker.pid)
         served.set_state("serving")
 

@@ -255,7 +255,7 @@ class Service:
                 ],
                 env=env,
                 applied=applied,
-                notes=question.notes,
+                notes=[*question.notes, *(lease.notes if lease.ready else ())],
             ),
             clones,
         )
@@ -293,7 +293,7 @@ class Service:
             with trio.move_on_after(protocol.HEARTBEAT_S):
                 await changed.wait()
         env, applied = self._environment(lease)
-        return Answer(protocol.success(env=env, applied=applied, notes=[]))
+        return Answer(protocol.success(env=env, applied=applied, notes=lease.notes))
 
     async def _idmap(self, connection: Connection) -> Answer:
         peer = connection.peer
