@@ -93,28 +93,6 @@ class Label(NamedTuple):
             if index > 0
         )
 
-    def with_(
-        self,
-        *,
-        name: str | None = None,
-        version: str | None = None,
-        tag: str | None = None,
-        system: str | None = None,
-        uarch: str | None = None,
-        digest: str | None = None,
-        namespace: str | None = None,
-    ) -> Label:
-        """Return a copy with these fields replaced; ``None`` keeps a field (remove one with ``_replace``)."""
-        return Label(
-            name if name is not None else self.name,
-            version if version is not None else self.version,
-            tag if tag is not None else self.tag,
-            system if system is not None else self.system,
-            uarch if uarch is not None else self.uarch,
-            digest if digest is not None else self.digest,
-            namespace if namespace is not None else self.namespace,
-        )
-
 
 _SYSTEM_INDEX = Label._fields.index("system")
 

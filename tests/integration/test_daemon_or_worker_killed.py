@@ -106,6 +106,23 @@ def test_no_process_stays_behind(daemon: Daemon) -> None:
     assert has_ended(worker)
 
 
+def test_what_a_killed_daemon_left_in_the_cache_is_removed_and_nothing_else(daemon: Daemon) -> None:
+    with mounted(daemon):
+        pass
+    kept = {path.name for path in (daemon.cache / "blobs" / "sha256").iterdir()}
+    daemon.kill()
+    orphan = daemon.cache / "blobs" / "sha256" / ("0" * 64)
+    orphan.write_bytes(b"pulled, but never recorded")
+    for path in orphan.parent.iterdir():
+        os.utime(path, (0, 0))
+    daemon.start()
+    assert {path.name for path in orphan.parent.iterdir()} == kept
+    with mounted(daemon):
+        assert (
+            "begins (" not in daemon.log.rsplit("removed", 1)[1]
+        )  # the image did not have to be pulled again
+
+
 def test_a_second_daemon_on_one_socket_is_refused(daemon: Daemon) -> None:
     second = Daemon(daemon.workdir, daemon.registry)
     with pytest.raises(RuntimeError, match="another uenvd serves"):

@@ -150,15 +150,6 @@ def test_a_record_that_lacks_a_field_does_not_match_it() -> None:
     assert Label("app", system="*").matches(Label("app"))
 
 
-def test_with_replaces_only_what_is_given() -> None:
-    label = Label("app", "1")
-    assert label.with_(system="x", digest=DIGEST) == Label("app", "1", None, "x", None, DIGEST)
-    assert label == Label("app", "1")
-    assert label.with_(name="b", version="2", tag="t", uarch="u", namespace="n") == Label(
-        "b", "2", "t", None, "u", None, "n"
-    )
-
-
 def test_short_ids() -> None:
     assert parse_label("0123456789abcdef").short_id == "0123456789abcdef"
     assert parse_label("0" * 64).short_id == "0" * 64

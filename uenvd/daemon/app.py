@@ -60,6 +60,8 @@ def run(config: Config) -> None:
 async def _serve(config: Config, listener: socket.socket, private: PrivateMounts, worker: Identity) -> None:
     store = Store(config.cache_local)
     await trio.to_thread.run_sync(store.prepare)
+    if freed_bytes := await trio.to_thread.run_sync(store.collect):
+        log.info("removed %d bytes that no image of the cache needs", freed_bytes)
     remote = open_remote(
         parse_registry(config.registry.url),
         auth_file=config.registry.auth_file,
