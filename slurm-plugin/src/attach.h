@@ -22,4 +22,13 @@ struct job_user {
  */
 bool attach_all(const struct mounts *mounts, const int *fds, const struct job_user *user, struct failure *failure);
 
+/*
+ * The same in two halves, for sites where each task enters a namespace of Slurm's making after this process has forked it. The first keeps
+ * the mounts in a namespace that nobody is in, and returns it (close-on-exec; it and the mounts end with its last descriptor) or -1.
+ * Needs root; leaves this process, all its threads included, in the namespace where it was.
+ */
+int attach_park(const int *fds, size_t count, struct failure *failure);
+/* In the task, single-threaded and still root: give it a namespace of its own in which the parked mounts are attached. */
+bool attach_parked(int park, const struct mounts *mounts, const struct job_user *user, struct failure *failure);
+
 #endif

@@ -85,7 +85,8 @@ bool client_connect(struct client *client, const char *path, uid_t peer_uid, int
         if (errno == EINTR)
             continue;
         if (errno != EAGAIN) {
-            failure_set(failure, CODE_UNREACHABLE, HINT_UNREACHABLE, "uenvd is not running: %s: %s", path, strerror(errno));
+            failure_set(failure, errno == ENOENT || errno == ECONNREFUSED ? CODE_ABSENT : CODE_UNREACHABLE, HINT_UNREACHABLE,
+                        "uenvd is not running: %s: %s", path, strerror(errno));
             client_close(client);
             return false;
         }

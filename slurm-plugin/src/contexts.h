@@ -15,10 +15,12 @@ struct plugin {
 };
 
 /* srun: resolve, or refuse (-1: nothing is submitted). */
-int local_init_post_opt(const struct plugin *plugin, const struct choice *choice);
+int local_init_post_opt(const struct plugin *plugin, struct choice *choice);
+/* srun, when it has its nodes and has not launched the tasks; -1: nothing is run. */
+int local_user_init(spank_t spank);
 
 /* sbatch, salloc. */
-int allocator_init_post_opt(const struct plugin *plugin, const struct choice *choice);
+int allocator_init_post_opt(const struct plugin *plugin, struct choice *choice);
 
 /*
  * slurmstepd. No callback reports an error to Slurm: for one of init_post_opt it would end srun with status 0 and drain the node. A

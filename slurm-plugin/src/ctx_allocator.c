@@ -2,7 +2,11 @@
 #include "contexts.h"
 #include "submit.h"
 
-int allocator_init_post_opt(const struct plugin *plugin, const struct choice *choice)
+#include <errno.h>
+#include <string.h>
+
+int allocator_init_post_opt(const struct plugin *plugin, struct choice *choice)
 {
-    return submit_resolve(plugin, choice) ? 0 : -1;
+    enum program program = strcmp(program_invocation_short_name, "salloc") ? PROGRAM_SBATCH : PROGRAM_SALLOC;
+    return submit_resolve(plugin, choice, program) ? 0 : -1;
 }

@@ -12,8 +12,10 @@
 #include "exchange.h"
 #include "report.h"
 #include "spank_wrap.h"
+#include "wish.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -27,120 +29,102 @@
 /* A waiting task connects while it is still root, so that a step of many tasks is not stopped by uenvd's limit of connections
  * per user. A daemon that is stopped must not hold up the start of the tasks: task_init then tries again. */
 #define EARLY_CONNECT_MS 200
+/* With srun -K the first task that ends ends the step, and what slurmstepd has not yet passed on is lost: the reason, one time in eight
+ * (measured, Slurm 22.05). So none ends at once. */
+#define FLUSH_MS 100
 
 static struct {
-    enum { STEP_PLAIN, STEP_WITHOUT, STEP_WITH } mode;
+    enum { STEP_PLAIN, STEP_WITHOUT, STEP_LOOKUP, STEP_WITH } mode;
     struct failure failure;  /* kept for task_init */
     struct client lease;
     struct client waiter;    /* of one task */
+    int park;                /* the namespace from which the tasks take the mounts; -1: they are in the step's already */
+    struct job_user user;
     struct mounts mounts;
     struct env_ops ops;      /* empty while the state is waiting */
     struct reply answer;     /* to mount: its notes */
 } step = {
     .lease = CLIENT_CLOSED,
     .waiter = CLIENT_CLOSED,
+    .park = -1,
 };
-
-/* ---- what this step is to get */
-
-struct wish {
-    char *uenv; /* NULL: nothing */
-    char *view;
-    char *directory; /* for relative paths that were not resolved at submission */
-};
-
-static void wish_free(struct wish *wish)
-{
-    free(wish->uenv);
-    free(wish->view);
-    free(wish->directory);
-}
-
-static char *job_variable(spank_t spank, const char *name, bool *fine)
-{
-    bool ok;
-    char *value = sw_getenv(spank, name, &ok);
-    if (!ok)
-        *fine = false;
-    if (value && !*value) {
-        free(value);
-        value = NULL;
-    }
-    return value;
-}
-
-static char *take(char **text)
-{
-    char *taken = *text;
-    *text = NULL;
-    return taken;
-}
-
-/*
- * The option, when Slurm delivers it (it does not to the batch step of sbatch --export=NONE), else the variables. What was
- * resolved at submission counts if it belongs to this option: then image and view are exactly those that were checked there.
- */
-static bool find_wish(spank_t spank, const struct choice *choice, struct wish *wish)
-{
-    bool fine = !choice->memory;
-    char *spec = job_variable(spank, VAR_SPEC, &fine), *images = job_variable(spank, VAR_IMAGES, &fine);
-    char *view = job_variable(spank, VAR_VIEW, &fine), *exported = job_variable(spank, VAR_OPTION_UENV, &fine);
-    char *asked = choice->uenv.text ? strdup(choice->uenv.text) : spec ? strdup(spec) : take(&exported);
-    if ((choice->uenv.text || spec) && !asked)
-        fine = false;
-    if (images && spec && asked && !strcmp(spec, asked)) {
-        wish->uenv = take(&images);
-        wish->view = take(&view);
-    } else {
-        wish->uenv = asked;
-        asked = NULL;
-        wish->view = choice->view.text ? strdup(choice->view.text)
-                     : view            ? take(&view)
-                                       : job_variable(spank, VAR_OPTION_VIEW, &fine);
-        if (choice->view.text && !wish->view)
-            fine = false;
-        wish->directory = job_variable(spank, "SLURM_SUBMIT_DIR", &fine);
-    }
-    free(spec);
-    free(images);
-    free(view);
-    free(exported);
-    free(asked);
-    return fine;
-}
 
 /* ---- init_post_opt */
 
-static bool mount_images(const struct plugin *plugin, spank_t spank, const struct wish *wish, uint32_t job, uint32_t number,
+/* All nodes of a step must mean the same image by a label; those of the first node are told (lookup.h), as is a batch script's node. */
+static bool resolve_here(const struct plugin *plugin, spank_t spank, enum step_kind kind, struct request request, struct wish *wish,
                          struct failure *failure)
 {
-    uid_t uid;
-    gid_t gid, *groups;
-    int group_count;
-    if (!sw_user(spank, &uid, &gid, &groups, &group_count))
+    uint32_t nodes;
+    if (kind == STEP_ORDINARY && !wish->lookup && !wish_is_pinned(wish->uenv) && (!sw_nodes(spank, &nodes) || nodes > 1))
+        return failure_set(failure, CODE_USAGE, "uenvd_spank.so must be in plugstack.conf also where srun is started; or name digests",
+                           "srun did not find out what '%s' means, and the nodes of a step may not each decide for themselves",
+                           wish->uenv);
+    struct reply reply = REPLY_NONE;
+    const char *images;
+    struct patience patience = {.total_ms = plugin->settings.timeout_ms};
+    request.op = "resolve";
+    if (!exchange(&step.lease, &plugin->settings, &request, patience, NULL, NULL, &reply, failure))
+        return false;
+    bool fine = reply_resolved(&reply, &images, failure);
+    if (fine && (!sw_setenv(spank, VAR_SPEC, wish->uenv) || !sw_setenv(spank, VAR_IMAGES, images)))
+        fine = failure_set(failure, CODE_INTERNAL, NULL, "cannot change the environment of the step");
+    char *copy = fine ? strdup(images) : NULL;
+    reply_free(&reply);
+    if (!copy)
+        return fine ? failure_memory(failure) : false;
+    free(wish->uenv);
+    wish->uenv = copy;
+    wish->resolved = true;
+    return true;
+}
+
+static bool tasks_change_namespace(const struct plugin *plugin)
+{
+    enum namespace_owner owner = plugin->settings.namespace_owner;
+    return owner == NAMESPACE_AUTO ? sw_tasks_change_namespace() : owner == NAMESPACE_TASK;
+}
+
+static bool attach_images(const struct plugin *plugin, struct failure *failure)
+{
+    size_t fd_count;
+    int *fds = client_take_fds(&step.lease, &fd_count);
+    bool fine;
+    if (fd_count != step.mounts.count)
+        fine = failure_set(failure, CODE_PROTOCOL, HINT_PROTOCOL, "uenvd announced %zu mounts and sent %zu", step.mounts.count,
+                           fd_count);
+    else if (tasks_change_namespace(plugin))
+        fine = (step.park = attach_park(fds, fd_count, failure)) >= 0;
+    else
+        fine = attach_all(&step.mounts, fds, &step.user, failure);
+    close_fds(fds, fd_count);
+    return fine;
+}
+
+static bool mount_images(const struct plugin *plugin, spank_t spank, enum step_kind kind, struct wish *wish, uint32_t job,
+                         uint32_t number, struct failure *failure)
+{
+    gid_t *groups;
+    if (!sw_user(spank, &step.user.uid, &step.user.gid, &groups, &step.user.group_count))
         return failure_set(failure, CODE_INTERNAL, NULL, "Slurm does not say whose job this is");
+    step.user.groups = groups;
     struct request request = REQUEST_EMPTY;
-    request.op = "mount";
     request.uenv = wish->uenv;
     request.view = wish->view;
     request.cwd = wish->directory;
-    request.uid = uid;
+    request.uid = step.user.uid;
     request.job = job;
     request.step = number;
-    struct patience patience = {.total_ms = plugin->settings.timeout_ms};
-    if (!exchange(&step.lease, &plugin->settings, &request, patience, NULL, NULL, &step.answer, failure) ||
-        !reply_mounts(&step.answer, &step.mounts, failure) ||
-        (!step.mounts.waiting && !reply_env_ops(&step.answer, &step.ops, failure)))
+    if (!wish->resolved && !resolve_here(plugin, spank, kind, request, wish, failure))
         return false;
-    size_t fd_count;
-    int *fds = client_take_fds(&step.lease, &fd_count);
-    struct job_user user = {uid, gid, groups, group_count};
-    bool fine = fd_count == step.mounts.count
-                    ? attach_all(&step.mounts, fds, &user, failure)
-                    : failure_set(failure, CODE_PROTOCOL, HINT_PROTOCOL, "uenvd announced %zu mounts and sent %zu",
-                                  step.mounts.count, fd_count);
-    close_fds(fds, fd_count);
-    return fine;
+    if (wish->lookup)
+        return true;
+    request.op = "mount";
+    request.uenv = wish->uenv;
+    struct patience patience = {.total_ms = plugin->settings.timeout_ms};
+    return exchange(&step.lease, &plugin->settings, &request, patience, NULL, NULL, &step.answer, failure) &&
+           reply_mounts(&step.answer, &step.mounts, failure) &&
+           (step.mounts.waiting || reply_env_ops(&step.answer, &step.ops, failure)) && attach_images(plugin, failure);
 }
 
 void remote_init_post_opt(const struct plugin *plugin, const struct choice *choice, spank_t spank)
@@ -156,32 +140,36 @@ void remote_init_post_opt(const struct plugin *plugin, const struct choice *choi
     }
     if (kind == STEP_EXTERN)
         return;
-    struct wish wish = {0};
-    bool known = find_wish(spank, choice, &wish);
+    struct wish wish = WISH_NONE;
+    bool known = wish_find(spank, choice, &wish);
     if (known && !wish.uenv)
         step.mode = STEP_PLAIN;
     else if (known && !strcmp(wish.uenv, SPEC_NONE))
         step.mode = STEP_WITHOUT;
     else
-        step.mode = STEP_WITH;
-    if (step.mode == STEP_WITH) {
+        step.mode = wish.lookup ? STEP_LOOKUP : STEP_WITH;
+    if (step.mode == STEP_WITH || step.mode == STEP_LOOKUP) {
         if (!known)
             failure_set(&step.failure, CODE_INTERNAL, NULL, "the environment of the job cannot be read");
         else if (plugin->config.set)
             failure_set(&step.failure, CODE_CONFIG, plugin->config.hint, "%s", failure_message(&plugin->config));
         else
-            mount_images(plugin, spank, &wish, job, number, &step.failure);
+            mount_images(plugin, spank, kind, &wish, job, number, &step.failure);
     }
     wish_free(&wish);
-    if (step.failure.set) {
+    if (step.failure.set)
         sw_debug(failure_message(&step.failure));
+    if (step.failure.set || step.mode == STEP_LOOKUP)
         client_close(&step.lease); /* no lease for a step that will not run */
-    }
 }
 
 void remote_task_init_privileged(const struct plugin *plugin)
 {
-    if (step.mode != STEP_WITH || step.failure.set || !step.mounts.waiting)
+    if (step.mode != STEP_WITH || step.failure.set)
+        return;
+    if (step.park >= 0 && !attach_parked(step.park, &step.mounts, &step.user, &step.failure))
+        return;
+    if (!step.mounts.waiting)
         return;
     struct failure ignored = FAILURE_NONE;
     client_connect(&step.waiter, plugin->settings.socket, plugin->settings.peer_uid, clock_ms() + EARLY_CONNECT_MS, &ignored);
@@ -268,7 +256,7 @@ static bool wait_for_bytes(const struct plugin *plugin, const char *node, struct
                 reply_env_ops(&reply, &step.ops, failure);
     become_task_again(&saved);
     if (fine && node)
-        report_notes(node, &reply);
+        report_notes(node, &reply, NULL, NULL);
     reply_free(&reply);
     client_close(&step.waiter);
     return fine;
@@ -295,16 +283,25 @@ static bool describe(spank_t spank)
 
 static void describe_nothing(spank_t spank)
 {
-    static const char *const names[] = {VAR_MOUNT_LIST, VAR_LABEL, VAR_DIGEST, VAR_LOADED_VIEWS, ENV_APPLIED};
+    static const char *const names[] = {VAR_MOUNT_LIST, VAR_LABEL, VAR_DIGEST, VAR_LOADED_VIEWS, ENV_APPLIED, ENV_RESTORE};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         sw_unsetenv(spank, names[i]);
+}
+
+/* What the user was told at submission need not be said again. */
+static void report_unseen_notes(spank_t spank)
+{
+    bool ok;
+    char *seen = sw_getenv(spank, VAR_NOTED, &ok);
+    report_notes(NULL, &step.answer, seen, NULL);
+    free(seen);
 }
 
 static bool prepare_task(const struct plugin *plugin, spank_t spank, const char *node, bool speaks, bool first_node,
                          struct failure *failure)
 {
     if (speaks && first_node)
-        report_notes(NULL, &step.answer);
+        report_unseen_notes(spank);
     if (step.mounts.waiting && !wait_for_bytes(plugin, speaks ? node : NULL, failure))
         return false;
     struct env_access access = sw_environ(spank);
@@ -327,16 +324,18 @@ void remote_task_init(const struct plugin *plugin, spank_t spank)
 {
     if (step.mode == STEP_WITHOUT)
         describe_nothing(spank);
-    if (step.mode != STEP_WITH)
+    if (step.mode != STEP_WITH && step.mode != STEP_LOOKUP)
         return;
     bool ok;
     int task = 0;
     bool speaks = !sw_local_task(spank, &task) || task == 0;
     char *node = node_name(spank), *node_number = sw_getenv(spank, "SLURM_NODEID", &ok);
     bool first_node = !node_number || !strcmp(node_number, "0");
-    if (step.failure.set || !prepare_task(plugin, spank, node, speaks, first_node, &step.failure)) {
+    if (step.failure.set ||
+        (step.mode == STEP_WITH && !prepare_task(plugin, spank, node, speaks, first_node, &step.failure))) {
         if (speaks)
             report_failure(node, &step.failure);
+        poll(NULL, 0, FLUSH_MS);
         _exit(1); /* a task must not run without what was asked for; returning -1 would add two lines per task */
     }
     free(node);
@@ -346,6 +345,9 @@ void remote_task_init(const struct plugin *plugin, spank_t spank)
 void remote_exit(void)
 {
     client_close(&step.lease);
+    if (step.park >= 0)
+        close(step.park);
+    step.park = -1;
     mounts_free(&step.mounts);
     env_ops_free(&step.ops);
     reply_free(&step.answer);

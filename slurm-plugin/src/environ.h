@@ -9,6 +9,8 @@
 #include "proto.h"
 
 #define ENV_APPLIED "UENV_APPLIED"
+/* What a login shell puts back; uenvd sets it by an operation like any other. */
+#define ENV_RESTORE "UENV_RESTORE"
 
 /* Longest NAME=value that the kernel passes to a program: MAX_ARG_STRLEN less the NUL (include/uapi/linux/binfmts.h). */
 #define MAX_ENV_STRING_BYTES ((size_t)131071)

@@ -21,6 +21,7 @@ struct failure {
 #define CODE_CONFIG "config"
 #define CODE_INTERNAL "internal"
 #define CODE_UNREACHABLE "daemon-unreachable"
+#define CODE_ABSENT "daemon-absent" /* nobody listens at all; only within the plugin */
 #define CODE_TIMEOUT "daemon-timeout"
 #define CODE_PROTOCOL "protocol"
 #define CODE_MOUNT_POINT "mount-point"

@@ -1,12 +1,14 @@
 /* The hooks of SPANK, and nothing but: each goes to the file of its context. None ever returns a positive number or exits. */
 #include "contexts.h"
 #include "spank_wrap.h"
+#include "submit.h"
 
 #pragma GCC visibility push(default)
 SPANK_PLUGIN(uenvd, 1)
 
 int slurm_spank_init(spank_t spank, int argc, char *argv[]);
 int slurm_spank_init_post_opt(spank_t spank, int argc, char *argv[]);
+int slurm_spank_local_user_init(spank_t spank, int argc, char *argv[]);
 int slurm_spank_task_init_privileged(spank_t spank, int argc, char *argv[]);
 int slurm_spank_task_init(spank_t spank, int argc, char *argv[]);
 int slurm_spank_exit(spank_t spank, int argc, char *argv[]);
@@ -41,6 +43,12 @@ int slurm_spank_init_post_opt(spank_t spank, int argc, char *argv[])
     }
 }
 
+int slurm_spank_local_user_init(spank_t spank, int argc, char *argv[])
+{
+    (void)argc, (void)argv;
+    return spank_context() == S_CTX_LOCAL ? local_user_init(spank) : 0;
+}
+
 int slurm_spank_task_init_privileged(spank_t spank, int argc, char *argv[])
 {
     (void)spank, (void)argc, (void)argv;
@@ -62,6 +70,7 @@ int slurm_spank_exit(spank_t spank, int argc, char *argv[])
     (void)spank, (void)argc, (void)argv;
     if (spank_context() == S_CTX_REMOTE)
         remote_exit();
+    submit_forget();
     choice_clear(choice_get());
     failure_clear(&plugin.config);
     return 0;

@@ -55,6 +55,8 @@ static bool fill(struct json_object *frame, const struct request *request)
         !add_text(frame, "view", request->view) || !add_text(frame, "cwd", request->cwd) ||
         !add_text(frame, "lease", request->lease) || !add_number(frame, "uid", request->uid))
         return false;
+    if (request->submit && !add(frame, "submit", json_object_new_boolean(true)))
+        return false;
     if (request->job < 0)
         return true;
     struct json_object *job = json_object_new_object();

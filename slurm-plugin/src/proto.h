@@ -24,9 +24,10 @@ struct request {
     int64_t uid;       /* -1: left out */
     int64_t job;       /* -1: left out, with the step */
     int64_t step;
+    bool submit;       /* resolve: for a job that is being submitted */
 };
 
-#define REQUEST_EMPTY {NULL, NULL, NULL, NULL, NULL, -1, -1, -1}
+#define REQUEST_EMPTY {NULL, NULL, NULL, NULL, NULL, -1, -1, -1, false}
 
 char *request_encode(const struct request *request, struct failure *failure);
 

@@ -2,6 +2,7 @@
 
 #include "spank_wrap.h"
 
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -41,9 +42,38 @@ void report_failure(const char *node, const struct failure *failure)
         print_line("hint", ": ", failure->hint, strcspn(failure->hint, "\n"));
 }
 
-void report_notes(const char *node, const struct reply *reply)
+#define HASH_DIGITS 16
+
+/* FNV-1a, 64 bits: two notes that collide cost a line of text. */
+static uint64_t hash_of(const char *text)
+{
+    uint64_t hash = 0xcbf29ce484222325u;
+    for (; *text; text++)
+        hash = (hash ^ (unsigned char)*text) * 0x100000001b3u;
+    return hash;
+}
+
+bool report_notes(const char *node, const struct reply *reply, const char *seen, char **shown)
 {
     const char *note;
-    for (size_t i = 0; (note = reply_note(reply, i)); i++)
-        report_text(node, note);
+    size_t size;
+    char *text = NULL;
+    FILE *out = shown ? open_memstream(&text, &size) : NULL;
+    if (shown && !out)
+        return false;
+    for (size_t i = 0; (note = reply_note(reply, i)); i++) {
+        char digits[HASH_DIGITS + 1];
+        snprintf(digits, sizeof digits, "%0*llx", HASH_DIGITS, (unsigned long long)hash_of(note));
+        if (!seen || !strstr(seen, digits))
+            report_text(node, note);
+        if (out)
+            fprintf(out, "%s%s", i ? "," : "", digits);
+    }
+    if (out && fclose(out) != 0) {
+        free(text);
+        return false;
+    }
+    if (shown)
+        *shown = text;
+    return true;
 }

@@ -9,7 +9,10 @@
 void report_text(const char *node, const char *text);
 /* Print message and hint. */
 void report_failure(const char *node, const struct failure *failure);
-/* Print the notes of an answer. */
-void report_notes(const char *node, const struct reply *reply);
+/*
+ * Print the notes of an answer but those that `seen` (NULL: none) says have been shown. `*shown` (may be NULL) becomes the like text for
+ * all notes of the answer, to be freed: a comma list of hashes. False: out of memory.
+ */
+bool report_notes(const char *node, const struct reply *reply, const char *seen, char **shown);
 
 #endif

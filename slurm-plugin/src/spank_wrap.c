@@ -2,6 +2,7 @@
 
 #include <slurm/slurm.h>
 #include <stdlib.h>
+#include <string.h>
 
 /* Values longer than this cannot be in the environment of any process. */
 #define MAX_VALUE_BYTES ((size_t)16 * 1024 * 1024)
@@ -15,8 +16,36 @@ bool sw_step(spank_t spank, uint32_t *job, uint32_t *step, enum step_kind *kind)
 {
     if (spank_get_item(spank, S_JOB_ID, job) != ESPANK_SUCCESS || spank_get_item(spank, S_JOB_STEPID, step) != ESPANK_SUCCESS)
         return false;
-    *kind = *step == SLURM_EXTERN_CONT ? STEP_EXTERN : STEP_ORDINARY;
+    *kind = *step == SLURM_EXTERN_CONT                                           ? STEP_EXTERN
+            : *step == SLURM_BATCH_SCRIPT || *step == SLURM_INTERACTIVE_STEP ? STEP_SINGLE
+                                                                             : STEP_ORDINARY;
     return true;
+}
+
+bool sw_job(spank_t spank, uint32_t *job)
+{
+    return spank_get_item(spank, S_JOB_ID, job) == ESPANK_SUCCESS;
+}
+
+bool sw_nodes(spank_t spank, uint32_t *nodes)
+{
+    return spank_get_item(spank, S_JOB_NNODES, nodes) == ESPANK_SUCCESS;
+}
+
+/* The configuration of the program that loads this plugin; weak, because libslurm does not promise to export it. */
+extern slurm_conf_t slurm_conf __attribute__((weak));
+
+bool sw_tasks_change_namespace(void)
+{
+    if (!&slurm_conf)
+        return false;
+#if SLURM_VERSION_NUMBER >= SLURM_VERSION_NUM(25, 11, 0)
+    const char *plugin = slurm_conf.namespace_plugin;
+#else
+    const char *plugin = slurm_conf.job_container_plugin;
+#endif
+    const char *kind = plugin ? strrchr(plugin, '/') : NULL;
+    return kind && (!strcmp(kind, "/tmpfs") || !strcmp(kind, "/linux"));
 }
 
 bool sw_user(spank_t spank, uid_t *uid, gid_t *gid, gid_t **groups, int *group_count)

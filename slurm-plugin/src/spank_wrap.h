@@ -12,9 +12,17 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-enum step_kind { STEP_ORDINARY, STEP_EXTERN };
+/* STEP_SINGLE: a batch script, or the shell of salloc: on the first node only. */
+enum step_kind { STEP_ORDINARY, STEP_SINGLE, STEP_EXTERN };
 
 bool sw_register_option(spank_t spank, struct spank_option *option);
+
+/* The number of the job; in srun from local_user_init on. */
+bool sw_job(spank_t spank, uint32_t *job);
+/* On how many nodes the step runs; in slurmstepd. */
+bool sw_nodes(spank_t spank, uint32_t *nodes);
+/* Whether Slurm gives each task a mount namespace of the job's own after this plugin could have made the step's (job_container/tmpfs). */
+bool sw_tasks_change_namespace(void);
 
 /* The numbers of the job step. */
 bool sw_step(spank_t spank, uint32_t *job, uint32_t *step, enum step_kind *kind);

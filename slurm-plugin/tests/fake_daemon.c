@@ -114,7 +114,7 @@ void daemon_start(struct fake_daemon *daemon, const struct act *const *scripts, 
     CHECK(count <= MAX_CONNECTIONS);
     snprintf(path, sizeof path, "%s/s%d", scratch_dir(), number++);
     strcpy(address.sun_path, path);
-    daemon->settings = (struct settings){path, 1000, 1000, geteuid()};
+    daemon->settings = (struct settings){.socket = path, .timeout_ms = 1000, .silence_ms = 1000, .peer_uid = geteuid()};
     for (int i = 0; i < count; i++)
         daemon->scripts[i] = scripts[i];
     daemon->script_count = count;

@@ -3,6 +3,7 @@
 #include "check.h"
 
 #include <errno.h>
+#include <slurm/slurm.h>
 #include <stdarg.h>
 #include <unistd.h>
 
@@ -10,6 +11,18 @@
 char *__real_strdup(const char *text);
 
 struct spank_fake fake;
+
+/* As libslurm exports it. */
+slurm_conf_t slurm_conf;
+
+void fake_namespace_plugin(char *type)
+{
+#if SLURM_VERSION_NUMBER >= SLURM_VERSION_NUM(25, 11, 0)
+    slurm_conf.namespace_plugin = type;
+#else
+    slurm_conf.job_container_plugin = type;
+#endif
+}
 
 static struct {
     char *name;
@@ -25,7 +38,7 @@ void fake_reset(spank_context_t context)
         free(variables[i].value);
     }
     variable_count = calls = 0;
-    fake = (struct spank_fake){.context = context, .job = 7, .uid = geteuid(), .gid = getegid(), .log_fd = -1};
+    fake = (struct spank_fake){.context = context, .job = 7, .nodes = 1, .uid = geteuid(), .gid = getegid(), .log_fd = -1};
 }
 
 static int find(const char *name)
@@ -113,6 +126,9 @@ spank_err_t spank_get_item(spank_t spank, spank_item_t item, ...)
     case S_JOB_SUPPLEMENTARY_GIDS:
         *va_arg(arguments, gid_t **) = fake.groups;
         *va_arg(arguments, int *) = fake.group_count;
+        break;
+    case S_JOB_NNODES:
+        *va_arg(arguments, uint32_t *) = fake.nodes;
         break;
     case S_TASK_ID:
         *va_arg(arguments, int *) = fake.task;

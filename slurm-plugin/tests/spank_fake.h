@@ -10,6 +10,7 @@ struct spank_fake {
     spank_context_t context;
     uint32_t job;
     uint32_t step;
+    uint32_t nodes;
     uid_t uid;
     gid_t gid;
     gid_t groups[4];
@@ -23,6 +24,9 @@ struct spank_fake {
 };
 
 extern struct spank_fake fake;
+
+/* As if JobContainerType (newer: NamespaceType) had this value in slurm.conf; NULL: none. */
+void fake_namespace_plugin(char *type);
 
 /* Start anew in this context, with an empty job environment. */
 void fake_reset(spank_context_t context);

@@ -28,6 +28,7 @@ static struct request request_of(struct json_object *args)
         .uid = number_at(args, "uid"),
         .job = number_at(args, "job"),
         .step = number_at(args, "step"),
+        .submit = json_object_get_boolean(json_object_object_get(args, "submit")),
     };
 }
 

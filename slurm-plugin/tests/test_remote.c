@@ -7,6 +7,7 @@
 #include "describe.h"
 #include "environ.h"
 #include "fake_daemon.h"
+#include "report.h"
 #include "spank_fake.h"
 
 #include <errno.h>
@@ -116,12 +117,20 @@ static bool refused(int status)
     return WIFEXITED(status) && WEXITSTATUS(status) == 1;
 }
 
-static void start_step(void)
+static void start_bare_step(void)
 {
     fake_reset(S_CTX_REMOTE);
     fake.uid = 12345;
     fake.gid = 12345;
     fake_setenv("SLURMD_NODENAME", "node9");
+}
+
+/* As srun and sbatch leave it after `--uenv=app/1`. */
+static void start_step(void)
+{
+    start_bare_step();
+    fake_setenv(VAR_SPEC, "app/1");
+    fake_setenv(VAR_IMAGES, "app/1@sha256:aa:/m");
 }
 
 static void sees_image(void)
@@ -201,7 +210,7 @@ static void check_wish(const char *option, const char *uenv, const char *view)
 
 TEST(what_the_step_is_to_get)
 {
-    start_step();
+    start_bare_step();
     fake_setenv(VAR_SPEC, "app/1");
     fake_setenv(VAR_IMAGES, "pinned");
     check_wish(NULL, "\"pinned\"", NULL);
@@ -209,16 +218,22 @@ TEST(what_the_step_is_to_get)
     check_wish("other", "\"other\"", NULL);
     fake_setenv(VAR_VIEW, "v");
     check_wish("app/1", "\"pinned\"", "\"v\"");
-    start_step();
+    start_bare_step();
     fake_setenv(VAR_OPTION_UENV, "app/1");
     fake_setenv(VAR_OPTION_VIEW, "w");
     check_wish(NULL, "\"app/1\"", "\"w\"");
-    start_step();
+    start_bare_step();
     check_wish("app/1", "\"app/1\"", NULL);
-    start_step();
+    start_bare_step();
     fake_setenv(VAR_SPEC, "app/1");
     check_wish(NULL, "\"app/1\"", NULL);
-    start_step();
+    start_bare_step();
+    fake_setenv(VAR_SPEC, "app/2");
+    fake_setenv(VAR_IMAGES, "pinned");
+    check_wish("app/1", "\"app/1\"", NULL);
+    fake_setenv(VAR_INSTEAD_OF, "app/1");
+    check_wish("app/1", "\"pinned\"", NULL);
+    start_bare_step();
     fake_setenv(VAR_SPEC, "");
     fake_setenv(VAR_IMAGES, "");
     CHECK(ran(step_with(NULL, 0, NULL, NULL)));
@@ -231,12 +246,12 @@ static void environment_is_clean(void)
 
 TEST(none_leaves_no_trace)
 {
-    start_step();
+    start_bare_step();
     fake_setenv(VAR_MOUNT_LIST, "x");
     fake_setenv(VAR_LOADED_VIEWS, "x");
     fake_setenv(ENV_APPLIED, "x");
     CHECK(ran(step_with(NULL, 0, "none", environment_is_clean)));
-    start_step();
+    start_bare_step();
     fake_setenv(VAR_OPTION_UENV, "none");
     CHECK(ran(step_with(NULL, 0, NULL, NULL)));
     CHECK_TEXT(said, "");
@@ -244,11 +259,11 @@ TEST(none_leaves_no_trace)
 
 TEST(extern_step_and_step_without_option)
 {
-    start_step();
+    start_bare_step();
     fake.step = SLURM_EXTERN_CONT;
     fake_setenv(VAR_IMAGES, "app/1");
     CHECK(ran(step_with(NULL, 0, "app/1", NULL)));
-    start_step();
+    start_bare_step();
     CHECK(ran(step_with(NULL, 0, NULL, NULL)));
     CHECK(fake_variable_count() == 1);
 }
@@ -345,6 +360,122 @@ TEST(what_is_no_mount_is_refused)
     mount_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
     CHECK(refused(step_with(scripts, 1, "app/1", NULL)));
     CHECK(strstr(said, "cannot mount app/1 at "));
+}
+
+/* ---- without uenvd where the job was submitted */
+
+static const char RESOLVED[] = "{\"ok\":true,\"resolved\":\"app/1@sha256:aa:/m\"}\n";
+
+static void knows_what_it_means(void)
+{
+    CHECK_TEXT(fake_getenv(VAR_IMAGES), "app/1@sha256:aa:/m");
+    CHECK_TEXT(fake_getenv(VAR_SPEC), "app/1");
+}
+
+TEST(batch_script_is_told_what_its_node_found)
+{
+    if (!privileged())
+        return;
+    const struct act *scripts[] = {(const struct act[]){{.kind = ACT_REQUEST}, {.kind = ACT_SEND, .text = RESOLVED}, OFFER}};
+    start_bare_step();
+    fake.step = SLURM_BATCH_SCRIPT;
+    fake.nodes = 4;
+    prepare("listed", "ready", "[]");
+    CHECK(ran(step_with(scripts, 1, "app/1", knows_what_it_means)));
+    CHECK_TEXT(asked(0, "op"), "\"mount\"");
+    CHECK_TEXT(asked(0, "uenv"), "\"app/1@sha256:aa:/m\"");
+}
+
+TEST(helper_step_only_looks_up)
+{
+    const struct act *scripts[] = {(const struct act[]){{.kind = ACT_REQUEST}, {.kind = ACT_SEND, .text = RESOLVED}, {.kind = ACT_END}}};
+    start_bare_step();
+    fake_setenv(VAR_SPEC, "app/1");
+    fake_setenv(VAR_VIEW, "default");
+    fake_setenv(VAR_LOOKUP, "1");
+    CHECK(ran(step_with(scripts, 1, NULL, knows_what_it_means)));
+    CHECK_TEXT(asked(0, "op"), "\"resolve\"");
+    CHECK_TEXT(asked(0, "view"), "\"default\"");
+    CHECK_TEXT(asked(0, "job"), "{\"id\":7,\"step\":0}");
+    CHECK_TEXT(said, "");
+    const struct act *refusing[] = {ANSWER("{\"ok\":false,\"error\":{\"code\":\"unknown-label\",\"message\":\"no\"}}\n")};
+    CHECK(refused(step_with(refusing, 1, NULL, NULL)));
+    CHECK_TEXT(said, "uenv: node9: no\n");
+}
+
+TEST(nodes_of_a_step_do_not_each_decide)
+{
+    start_bare_step();
+    fake.nodes = 2;
+    CHECK(refused(step_with(NULL, 0, "app/1", NULL)));
+    CHECK_IN(strstr(said, "the nodes of a step may not each decide for themselves"), said);
+    start_bare_step();
+    fake.nodes = 2;
+    check_wish("app/1@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef,/x.squashfs",
+               "\"app/1@sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef,/x.squashfs\"", NULL);
+}
+
+/* ---- where the tasks have namespaces of Slurm's making */
+
+static void sees_image_and_left_no_park(void)
+{
+    sees_image();
+    char line[512];
+    FILE *table = fopen("/proc/self/mountinfo", "r");
+    CHECK(table != NULL);
+    while (fgets(line, sizeof line, table))
+        CHECK_IN(!strstr(line, " - tmpfs uenvd "), line);
+    fclose(table);
+}
+
+TEST(each_task_attaches_where_slurm_changes_its_namespace)
+{
+    if (!privileged())
+        return;
+    const struct act *scripts[] = {(const struct act[]){OFFER}};
+    static char tmpfs[] = "job_container/tmpfs", none[] = "job_container/none";
+    char *const kinds[] = {tmpfs, none, NULL};
+    for (size_t i = 0; i < 3; i++) {
+        start_step();
+        fake_setenv("PATH", "/bin");
+        prepare("listed", "ready", PREPEND);
+        fake_namespace_plugin(kinds[i]);
+        CHECK(ran(step_with(scripts, 1, "app/1", sees_image_and_left_no_park)));
+        sees_nothing();
+    }
+    start_step();
+    prepare("owned", "ready", PREPEND);
+    fake_namespace_plugin(tmpfs);
+    CHECK(refused(step_with(scripts, 1, "app/1", NULL)));
+    CHECK(strstr(said, "does not belong to you"));
+    start_step();
+    prepare("listed", "ready", "[]");
+    close(mount_fd);
+    mount_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    CHECK(refused(step_with(scripts, 1, "app/1", NULL)));
+    CHECK_IN(strstr(said, "cannot keep the mounts for the tasks"), said);
+    fake_namespace_plugin(NULL);
+}
+
+TEST(note_that_was_shown_at_submission_is_not_repeated)
+{
+    if (!privileged())
+        return;
+    const struct act *scripts[] = {(const struct act[]){OFFER}};
+    struct reply reply;
+    struct failure failure = FAILURE_NONE;
+    char *shown = NULL;
+    static const char text[] = "{\"ok\":true,\"notes\":[\"another\",\"a note\"]}";
+    CHECK(reply_parse(&reply, text, strlen(text), &failure, &failure));
+    fake.log_fd = -1;
+    CHECK(report_notes(NULL, &reply, NULL, &shown));
+    reply_free(&reply);
+    start_step();
+    fake_setenv(VAR_NOTED, shown);
+    free(shown);
+    prepare("listed", "ready", "[]");
+    CHECK(ran(step_with(scripts, 1, "app/1", NULL)));
+    CHECK_TEXT(said, "");
 }
 
 #define WAITS(text_)                                                                                                              \

@@ -2,6 +2,7 @@
 #include "check.h"
 #include "choice.h"
 #include "fake_daemon.h"
+#include "lookup.h"
 #include "spank_fake.h"
 
 #include <json-c/json.h>
@@ -24,24 +25,31 @@ static const struct act refuses[] = {{.kind = ACT_REQUEST},
 
 static void clear_environment(void)
 {
-    static const char *const names[] = {VAR_SPEC, VAR_IMAGES, VAR_VIEW, VAR_OPTION_UENV, VAR_OPTION_VIEW};
+    static const char *const names[] = {VAR_SPEC,      VAR_IMAGES, VAR_VIEW,    VAR_OPTION_UENV, VAR_OPTION_VIEW, VAR_INSTEAD_OF,
+                                        VAR_SRUN_UENV, VAR_SRUN_VIEW, VAR_NOTED, VAR_LOOKUP,  "SBATCH_UENV",   "SBATCH_UENV_VIEW",
+                                        "SLURM_VIEW"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         unsetenv(names[i]);
 }
 
-/* Options as Slurm hands them over: first those that the environment holds, then those typed. NULL: not given. */
-static int submit(spank_context_t context, const struct act *script, const char *uenv, const char *view)
+static char site_argument[64] = "login=required";
+
+static void begin(spank_context_t context, const struct act *script)
 {
-    char socket_argument[200];
+    static char socket_argument[200], peer[32];
     fake_reset(context);
     fake.log_fd = memfd_create("log", MFD_CLOEXEC);
     daemon_start(&daemon_, &script, script ? 1 : 0);
     snprintf(socket_argument, sizeof socket_argument, "socket=%s", daemon_.settings.socket);
-    char peer[32];
     snprintf(peer, sizeof peer, "peer_uid=%u", geteuid());
-    char *arguments[] = {socket_argument, peer};
-    CHECK(slurm_spank_init(NULL, 2, arguments) == 0);
+    char *arguments[] = {socket_argument, peer, site_argument};
+    CHECK(slurm_spank_init(NULL, 3, arguments) == 0);
     CHECK(fake.option_count == 2);
+}
+
+/* Options as Slurm hands them over for a component: first those that the environment holds, then those typed. NULL: not given. */
+static int component(const char *uenv, const char *view)
+{
     const char *exported_uenv = getenv(VAR_OPTION_UENV), *exported_view = getenv(VAR_OPTION_VIEW);
     if (exported_uenv)
         CHECK(fake_option("uenv", exported_uenv) == 0);
@@ -51,13 +59,24 @@ static int submit(spank_context_t context, const struct act *script, const char 
         CHECK(fake_option("uenv", uenv) == 0);
     if (view)
         CHECK(fake_option("view", view) == 0);
-    int result = slurm_spank_init_post_opt(NULL, 2, arguments);
-    CHECK(slurm_spank_exit(NULL, 2, arguments) == 0);
+    return slurm_spank_init_post_opt(NULL, 0, NULL);
+}
+
+static void end(void)
+{
+    CHECK(slurm_spank_exit(NULL, 0, NULL) == 0);
     daemon_cancel(&daemon_);
     ssize_t length = pread(fake.log_fd, said, sizeof said - 1, 0);
     CHECK(length >= 0);
     said[length] = '\0';
     close(fake.log_fd);
+}
+
+static int submit(spank_context_t context, const struct act *script, const char *uenv, const char *view)
+{
+    begin(context, script);
+    int result = component(uenv, view);
+    end();
     return result;
 }
 
@@ -97,6 +116,7 @@ TEST(resolved_at_submission)
         CHECK(submit(contexts[i], resolves, "app/1", "default") == 0);
         CHECK_TEXT(asked("uenv"), "app/1");
         CHECK_TEXT(asked("view"), "default");
+        CHECK_TEXT(asked("submit"), "true");
         char *here = getcwd(NULL, 0);
         CHECK_TEXT(asked("cwd"), here);
         free(here);
@@ -187,7 +207,7 @@ TEST(none_drops_everything)
 {
     inherit("default");
     CHECK(submit(S_CTX_LOCAL, NULL, "none", NULL) == 0);
-    check_exported(NULL, NULL, NULL);
+    check_exported("none", NULL, NULL);
     CHECK_TEXT(getenv(VAR_OPTION_UENV), "none");
     CHECK(submit(S_CTX_ALLOCATOR, NULL, NULL, NULL) == 0);
     CHECK(submit(S_CTX_LOCAL, NULL, NULL, "default") == -1);
@@ -213,6 +233,26 @@ TEST(list_too_long_for_an_environment)
     CHECK(strstr(said, "too long for a job's environment"));
 }
 
+/* sbatch reads the directives of the script before the variable. */
+TEST(directive_of_a_script_replaces_what_is_inherited)
+{
+    inherit("default");
+    begin(S_CTX_ALLOCATOR, resolves);
+    CHECK(fake_option("uenv", "app/2") == 0);
+    CHECK(component(NULL, NULL) == 0);
+    end();
+    CHECK_TEXT(asked("uenv"), "app/2");
+    CHECK_TEXT(asked("view"), NULL);
+    CHECK_TEXT(getenv(VAR_INSTEAD_OF), "app/1");
+    clear_environment();
+    begin(S_CTX_ALLOCATOR, resolves);
+    CHECK(fake_option("uenv", "app/1") == 0);
+    CHECK(component(NULL, NULL) == 0);
+    CHECK(fake_option("uenv", "app/2") == 0);
+    CHECK(component(NULL, NULL) == -1);
+    end();
+}
+
 TEST(other_contexts_do_nothing)
 {
     static const spank_context_t contexts[] = {S_CTX_SLURMD, S_CTX_JOB_SCRIPT, S_CTX_ERROR};
@@ -223,5 +263,157 @@ TEST(other_contexts_do_nothing)
         CHECK(slurm_spank_init_post_opt(NULL, 1, arguments) == 0);
         CHECK(slurm_spank_exit(NULL, 1, arguments) == 0);
         CHECK(fake.option_count == 0);
+    }
+}
+
+/* ---- variables of the user */
+
+TEST(variables_choose_where_no_option_does)
+{
+    clear_environment();
+    setenv(VAR_SRUN_UENV, "by-variable", 1);
+    setenv(VAR_SRUN_VIEW, "v", 1);
+    CHECK(submit(S_CTX_LOCAL, resolves, NULL, NULL) == 0);
+    CHECK_TEXT(asked("uenv"), "by-variable");
+    CHECK_TEXT(asked("view"), "v");
+    check_exported("by-variable", "app/1@sha256:aa:/m", "v");
+    CHECK_TEXT(getenv(VAR_OPTION_UENV), "by-variable");
+    clear_environment();
+    setenv(VAR_SRUN_UENV, "by-variable", 1);
+    setenv(VAR_SRUN_VIEW, "v", 1);
+    CHECK(submit(S_CTX_LOCAL, resolves, "typed", NULL) == 0);
+    CHECK_TEXT(asked("uenv"), "typed");
+    CHECK_TEXT(asked("view"), NULL);
+    clear_environment();
+    setenv(VAR_SRUN_UENV, "of-srun", 1);
+    CHECK(submit(S_CTX_ALLOCATOR, NULL, NULL, NULL) == 0);
+    check_exported(NULL, NULL, NULL);
+    setenv("SBATCH_UENV", "of-sbatch", 1);
+    CHECK(submit(S_CTX_ALLOCATOR, resolves, NULL, NULL) == 0);
+    CHECK_TEXT(asked("uenv"), "of-sbatch");
+    CHECK_TEXT(getenv(VAR_SRUN_UENV), "of-sbatch");
+    clear_environment();
+    setenv("SLURM_VIEW", "v", 1);
+    CHECK(submit(S_CTX_LOCAL, NULL, NULL, NULL) == 0);
+}
+
+TEST(variable_goes_before_what_a_job_passes_on)
+{
+    inherit("default");
+    setenv(VAR_SRUN_UENV, "app/1", 1); /* what the plugin left there itself */
+    CHECK(submit(S_CTX_LOCAL, NULL, NULL, NULL) == 0);
+    check_exported("app/1", "app/1@sha256:old:/m", "default");
+    setenv(VAR_SRUN_UENV, "mine", 1);
+    CHECK(submit(S_CTX_LOCAL, resolves, NULL, NULL) == 0);
+    CHECK_TEXT(asked("uenv"), "mine");
+    CHECK_TEXT(asked("view"), "default"); /* the variables belong together */
+    CHECK_TEXT(getenv(VAR_INSTEAD_OF), "app/1");
+    /* Slurm itself goes on exporting its option with the old value. */
+    setenv(VAR_OPTION_UENV, "app/1", 1);
+    CHECK(submit(S_CTX_LOCAL, NULL, NULL, NULL) == 0);
+    check_exported("mine", "app/1@sha256:aa:/m", "default");
+    setenv(VAR_OPTION_UENV, "app/1", 1);
+    setenv(VAR_SRUN_UENV, "none", 1);
+    CHECK(submit(S_CTX_LOCAL, NULL, NULL, NULL) == 0);
+    check_exported("none", NULL, NULL);
+}
+
+/* ---- heterogeneous jobs */
+
+TEST(components_may_not_differ)
+{
+    static const struct {
+        const char *first, *first_view, *second, *second_view, *said;
+    } cases[] = {
+        {"app/1", NULL, "app/1", NULL, NULL},
+        {"app/1", NULL, NULL, NULL, NULL},
+        {"app/1", "v", "app/1", "v", NULL},
+        {"none", NULL, "none", NULL, NULL},
+        {NULL, NULL, NULL, NULL, NULL},
+        {"app/1", NULL, "app/2", NULL, "the first has --uenv=app/1, another --uenv=app/2"},
+        {"app/1", NULL, "none", NULL, "the first has --uenv=app/1, another --uenv=none"},
+        {NULL, NULL, "app/2", NULL, "the first has no --uenv, another --uenv=app/2"},
+        {"app/1", "v", "app/1", "w", "the first has --view=v, another --view=w"},
+        {"app/1", NULL, NULL, "w", "the first has no --view, another --view=w"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        clear_environment();
+        begin(i % 2 ? S_CTX_LOCAL : S_CTX_ALLOCATOR, cases[i].first ? resolves : NULL);
+        CHECK(component(cases[i].first, cases[i].first_view) == 0);
+        CHECK((component(cases[i].second, cases[i].second_view) == 0) == !cases[i].said);
+        end();
+        CHECK_IN(!cases[i].said || strstr(said, cases[i].said), said);
+        CHECK_TEXT(getenv(VAR_SPEC), cases[i].first);
+    }
+}
+
+/* ---- without uenvd here */
+
+static int submit_without_daemon(spank_context_t context, const char *uenv, const char *view)
+{
+    static char nowhere[] = "socket=/nonexistent/uenvd";
+    char *arguments[] = {nowhere, site_argument};
+    fake_reset(context);
+    fake.log_fd = memfd_create("log", MFD_CLOEXEC);
+    CHECK(slurm_spank_init(NULL, 2, arguments) == 0);
+    daemon_start(&daemon_, NULL, 0);
+    int result = component(uenv, view);
+    end();
+    return result;
+}
+
+TEST(first_node_decides_where_the_site_says_so)
+{
+    clear_environment();
+    CHECK(submit_without_daemon(S_CTX_ALLOCATOR, "app/1", "v") == -1);
+    CHECK(strstr(said, "uenvd is not running"));
+    check_exported(NULL, NULL, NULL);
+    strcpy(site_argument, "login=optional");
+    CHECK(submit_without_daemon(S_CTX_ALLOCATOR, "app/1", "v") == 0);
+    CHECK_TEXT(said, "uenv: no uenvd here: the job's first node looks app/1 up\n");
+    check_exported("app/1", NULL, "v");
+    /* An srun of this job, on a node with uenvd. */
+    CHECK(submit(S_CTX_LOCAL, resolves, NULL, NULL) == 0);
+    CHECK_TEXT(asked("uenv"), "app/1");
+    CHECK_TEXT(asked("view"), "v");
+    clear_environment();
+    CHECK(submit(S_CTX_LOCAL, refuses, "app/1", NULL) == -1);
+    strcpy(site_argument, "login=required");
+}
+
+TEST(helper_has_no_options_but_its_own)
+{
+    char *before[] = {"PATH=/bin",          "SLURM_UENVD_SPEC=a", "SLURM_LABELIO=1", "SRUN_EXPORT_ENV=NONE", "SLURM_CONF=/c",
+                      "_SLURM_SPANK_OPTION_uenvd_uenv=a", "HOME=/h", NULL};
+    char **after = lookup_environment(before);
+    const char *expected[] = {"PATH=/bin", "SLURM_UENVD_SPEC=a", "SLURM_CONF=/c", "HOME=/h", "SLURM_UENVD_LOOKUP=1", NULL};
+    for (size_t i = 0; i < sizeof expected / sizeof *expected; i++)
+        CHECK_TEXT(after[i], expected[i]);
+    free(after);
+    clear_environment();
+    setenv(VAR_LOOKUP, "1", 1);
+    setenv(VAR_SPEC, "app/1", 1);
+    CHECK(submit(S_CTX_LOCAL, NULL, NULL, NULL) == 0);
+    check_exported("app/1", NULL, NULL);
+    clear_environment();
+}
+
+TEST(memory_runs_out_at_submission)
+{
+    for (long allocation = 0; allocation < 1000; allocation++) {
+        clear_environment();
+        begin(S_CTX_LOCAL, resolves);
+        fail_allocation = allocation;
+        int result = component("app/1", "v");
+        bool all = fail_allocation >= 0;
+        fail_allocation = -1;
+        end();
+        CHECK_IN(result == (all ? 0 : result), said);
+        if (result == 0)
+            check_exported("app/1", "app/1@sha256:aa:/m", "v"); /* a note may be missing, the environment not */
+        else
+            CHECK_IN(strstr(said, "out of memory") || !*said, said);
+        if (all)
+            break;
     }
 }

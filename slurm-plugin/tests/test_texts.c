@@ -19,10 +19,18 @@ TEST(arguments_of_plugstack)
     CHECK(settings_parse(&settings, 0, NULL, &failure));
     CHECK_TEXT(settings.socket, "/run/uenvd/control");
     CHECK(settings.timeout_ms == 3000 && settings.silence_ms == 5000 && settings.peer_uid == 0);
+    CHECK(!settings.login_optional && settings.namespace_owner == NAMESPACE_AUTO);
+    char *const site[] = {"login=optional", "namespace=task"};
+    CHECK(settings_parse(&settings, 2, site, &failure));
+    CHECK(settings.login_optional && settings.namespace_owner == NAMESPACE_TASK);
+    char *const usual[] = {"login=required", "namespace=step"};
+    CHECK(settings_parse(&settings, 2, usual, &failure));
+    CHECK(!settings.login_optional && settings.namespace_owner == NAMESPACE_STEP);
     char long_path[300] = "socket=/";
     memset(long_path + 8, 'x', sizeof long_path - 9);
     char *const bad[] = {"socket=", "socket=relative", long_path, "timeout_ms=", "timeout_ms=99", "timeout_ms=60001", "timeout_ms=1e3", "timeout_ms=250x",
-                         "timeout_ms=99999999999999999999", "silence_ms=-1", "peer_uid=-1", "peer_uid=4294967295", "peer_uid=root", "", "Socket=/x", "socket"};
+                         "timeout_ms=99999999999999999999", "silence_ms=-1", "peer_uid=-1", "peer_uid=4294967295", "peer_uid=root", "", "Socket=/x", "socket",
+                         "login=", "login=maybe", "namespace=", "namespace=job"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         char *const arguments[] = {"socket=/x/y", bad[i]};
         CHECK_IN(!settings_parse(&settings, 2, arguments, &failure), bad[i]);

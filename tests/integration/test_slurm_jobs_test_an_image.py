@@ -18,10 +18,10 @@ from support.reframetests import HANGS, HEAD, image_with_tests
 from support.registry import RealRegistry, docker_registry
 from support.slurmsite import built_plugin
 from support.users import TestUser, ordinary_user
-from uenvd.oci.attach import REFRAME_TYPE, attachments
+from uenvd.oci.attach import REFRAME_TYPE, VERDICT, attachments
 from uenvd.oci.reference import parse_registry
 from uenvd.oci.remote import open_remote
-from uenvd.publish.reframe.report import VERDICT, judge
+from uenvd.publish.reframe.report import judge
 
 pytestmark = pytest.mark.usefixtures("node")
 

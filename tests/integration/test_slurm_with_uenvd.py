@@ -6,101 +6,19 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from support.cluster import Cluster, Result, missing, poll, running_cluster
-from support.daemon import Daemon, running_daemon
+from support.cluster import poll
 from support.publishing import Publisher, make_squashfs, simple_image
-from support.registry import FakeRegistry, RealRegistry, docker_registry
-from support.slurmsite import built_plugin, told
-from support.users import TestUser, ordinary_user
+from support.registry import FakeRegistry
+from support.slurmcentre import MOUNT_POINT, Centre, start_daemons
+from support.slurmsite import told
 
 pytestmark = pytest.mark.usefixtures("node")
 
-MOUNT_POINT = "/user-environment"
 SLOW_SOCKET = "slow"
-
-
-@dataclass
-class Centre:
-    """A small computing centre."""
-
-    cluster: Cluster
-    user: TestUser
-    registry: RealRegistry
-    plugin: Path
-    login: Daemon
-    nodes: dict[str, Daemon]
-
-    def srun(self, *args: str, **options: object) -> Result:
-        return self.cluster.srun(*args, user=self.user, **options)
-
-    def batch(self, script: str, *args: str) -> tuple[str, str]:
-        """Run a batch script to its end; return its state and output."""
-        return self.finish(self.cluster.submit(f"#!/bin/bash\n{script}\n", *args, user=self.user))
-
-    def finish(self, job: int) -> tuple[str, str]:
-        state = self.cluster.wait_job(job).state
-        path = self.cluster.scratch / f"slurm-{job}.out"
-        return state, path.read_text() if path.exists() else ""
-
-    def use_socket(self, name: str) -> None:
-        self.cluster.set_plugstack(f"required {self.plugin} socket={self.cluster.control_dir / name}")
-
-
-def start_daemons(
-    stack: contextlib.ExitStack, cluster: Cluster, registry: str, name: str
-) -> tuple[Daemon, dict[str, Daemon]]:
-    def start(where: str, directory: Path) -> Daemon:
-        workdir = cluster.dir / f"uenvd-{name}-{where}"
-        extra = "resolve: {ttl: 0s}\nmounts: {linger: 100ms}\n"
-        return stack.enter_context(running_daemon(workdir, registry, extra=extra, control=directory / name))
-
-    return start("login", cluster.control_dir), {
-        node: start(node, cluster.node_control_dir(node)) for node in cluster.nodes
-    }
-
-
-@pytest.fixture(scope="module")
-def centre_for_all(node: None) -> Iterator[Centre]:
-    reason = missing()
-    if reason:
-        pytest.skip(reason)
-    plugin = built_plugin()
-    with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(running_cluster(nodes=2, namespaces=True, shared=True))
-        user = stack.enter_context(ordinary_user(cluster.dir))
-        copied = cluster.dir / "uenvd_spank.so"
-        copied.write_bytes(plugin.read_bytes())
-        copied.chmod(0o755)
-        registry = stack.enter_context(docker_registry(cluster.dir / "registry"))
-        publisher = Publisher(registry.url)
-        for word in ("one", "two"):
-            simple_image(cluster.dir / f"{word}.squashfs", "app", word)
-        publisher.push(cluster.dir / "one.squashfs", "app/1.0", "v1", "latest")
-        login, nodes = start_daemons(stack, cluster, registry.url, "control")
-        yield Centre(cluster, user, registry, copied, login, nodes)
-
-
-@pytest.fixture
-def centre(centre_for_all: Centre) -> Iterator[Centre]:
-    centre = centre_for_all
-    centre.use_socket("control")
-    try:
-        yield centre
-        states = centre.cluster.node_states()
-    finally:
-        centre.cluster.cancel_all()
-    assert not [node for node, state in states.items() if "drain" in state or "down" in state], states
-    for table in (
-        Path("/proc/self/mountinfo").read_text(),
-        *map(centre.cluster.node_mounts, centre.cluster.nodes),
-    ):
-        assert "uenvd:" not in table
 
 
 def test_srun_on_two_nodes_sees_the_image_with_its_view(centre: Centre) -> None:

@@ -33,7 +33,8 @@ _DEADLINE_S = 10.0
 class State:
     """How the stand-in behaves.
 
-    ``tags``: label -> digest. ``images``: digest -> {"dir", "mount", "views": {name: ops}, "guard"}.
+    ``tags``: label -> digest. ``images``: digest -> {"dir", "mount", "views": {name: ops}, "guard", "default_view"}.
+    ``notes``: what resolve and mount have to say.
     ``waiting``: mounts are handed out without their bytes; ``wait`` sends events until it is false again.
     ``fail``: operation -> error body that answers it. ``extra_fds``: so many descriptors more (or less) than announced.
     ``raw``: operation -> text sent instead of an answer.
@@ -45,6 +46,7 @@ class State:
     fail: dict[str, dict[str, Any]] = field(default_factory=dict)
     extra_fds: int = 0
     raw: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class _Refused(Exception):
@@ -64,6 +66,8 @@ def _images(state: State, uenv: str, view: str | None) -> list[dict[str, Any]]:
         digest = _DIGEST.search(head)
         label = _DIGEST.sub("", head)
         key = digest.group(1) if digest else state.tags.get(label, "")
+        if not label:  # a session knows no name
+            label = next((tag for tag, meant in state.tags.items() if meant == key), "")
         if key not in state.images:
             raise _Refused(
                 "unknown-label",
@@ -72,7 +76,7 @@ def _images(state: State, uenv: str, view: str | None) -> list[dict[str, Any]]:
                 "list what there is with: uenvctl image find",
             )
         image = state.images[key]
-        if view is not None and view not in image["views"]:
+        if view not in (None, "none") and view not in image["views"]:
             raise _Refused(
                 "unknown-view", 70, f"{label} has no view {view}", f"it has: {', '.join(image['views'])}"
             )
@@ -83,8 +87,14 @@ def _images(state: State, uenv: str, view: str | None) -> list[dict[str, Any]]:
 
 
 def _env(images: list[dict[str, Any]], view: str | None) -> dict[str, Any]:
-    ops = [op for image in images if view is not None for op in image["views"].get(view, [])]
-    return {"env": ops, "applied": ";".join(f"{image['digest']}[{view or ''}]" for image in images)}
+    ops: list[Any] = []
+    keys = []
+    for image in images:
+        name = view if view is not None else image.get("default_view")
+        chosen = name if name in image["views"] else ""
+        ops += image["views"].get(chosen, [])
+        keys.append(f"{image['digest']}[{chosen}]")
+    return {"env": ops, "applied": ";".join(keys)}
 
 
 class _Peer:
@@ -136,7 +146,7 @@ class _Peer:
     def _resolve(self, request: dict[str, Any], state: State) -> None:
         images = _images(state, request["uenv"], request.get("view"))
         resolved = ",".join(f"{image['label']}@{image['digest']}:{image['mount']}" for image in images)
-        self._send({"ok": True, "resolved": resolved, "images": [], "notes": []})
+        self._send({"ok": True, "resolved": resolved, "images": [], "notes": state.notes})
 
     def _mount(self, request: dict[str, Any], state: State) -> None:
         from uenvd import mounts
@@ -167,7 +177,7 @@ class _Peer:
             "mounts": described,
         }
         try:
-            self._send({**answer, **env, "notes": []}, sent)
+            self._send({**answer, **env, "notes": state.notes}, sent)
         finally:
             for fd in fds:
                 os.close(fd)
