@@ -7,8 +7,11 @@ No network: the Python distributions are copied from .venv, which ``make test`` 
     PREFIX/bin/{uenvd,uenvctl,uenvd-publish,uenvd-fs}   start programs of the tree they are in, wherever that was moved to
     PREFIX/lib/uenvd/                                   a virtual environment of /usr/bin/python3: the package and its dependencies
     PREFIX/share/doc/uenvd/
+    PREFIX/share/man/man1/
+    /usr/share/{bash-completion,zsh,fish}/...           completion of uenvctl (COMPLETIONS)
     /usr/lib/systemd/system/uenvd.{service,socket}      for PREFIX
     /usr/lib/tmpfiles.d/uenvd.conf, /usr/lib/sysusers.d/uenvd.conf
+    /etc/profile.d/zz-uenvd.{sh,csh} and others         restore a view in login shells (SHELL_HOOKS)
     /etc/uenvd/config.yaml                              only if there is none yet
 """
 
@@ -29,11 +32,28 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from uenvd.ctl import completion
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 PROJECT = "uenvd"
 INTERPRETER = Path("/usr/bin/python3")
 DEFAULT_PREFIX = "/opt/uenvd"
 """What the files below systemd/ name; replaced on installation."""
+
+SHELL_HOOKS = {
+    "zz-uenvd.sh": ("etc/profile.d",),
+    # where Debian's, and where the other distributions' csh looks
+    "zz-uenvd.csh": ("etc/profile.d", "etc/csh/login.d"),
+    "zz-uenvd.fish": ("usr/share/fish/vendor_conf.d",),
+}
+"""What login shells read, and where: the last of its directory by name, because others before it reset PATH."""
+
+COMPLETIONS = {
+    "bash": "usr/share/bash-completion/completions/uenvctl",
+    "zsh": "usr/share/zsh/vendor-completions/_uenvctl",
+    "fish": "usr/share/fish/vendor_completions.d/uenvctl.fish",
+}
+"""Where each shell looks for completions of packages."""
 
 WRAPPER = """\
 #!/bin/sh
@@ -177,12 +197,19 @@ def install(destdir: Path, prefix: str) -> None:
         write(system / "systemd/system" / unit, text(unit), 0o644)
     write(system / "tmpfiles.d/uenvd.conf", text("uenvd.tmpfiles.conf"), 0o644)
     write(system / "sysusers.d/uenvd.conf", text("uenvd.sysusers.conf"), 0o644)
+    for name, places in SHELL_HOOKS.items():
+        for place in places:
+            write(destdir / place / name, (CHECKOUT / "etc" / name).read_bytes(), 0o644)
     config = destdir / "etc/uenvd/config.yaml"
     write(config.with_suffix(".yaml.example"), text("config.yaml"), 0o644)
     if not config.exists():
         write(config, text("config.yaml"), 0o644)
     for page in (*CHECKOUT.glob("docs/*.md"), CHECKOUT / "README.md", CHECKOUT / "LICENSE"):
         write(home / "share/doc/uenvd" / page.name, page.read_bytes(), 0o644)
+    for page in CHECKOUT.glob("man/*.1"):
+        write(home / "share/man/man1" / page.name, page.read_bytes(), 0o644)
+    for shell, place in COMPLETIONS.items():
+        write(destdir / place, completion.SCRIPTS[shell], 0o644)
 
 
 def main() -> int:

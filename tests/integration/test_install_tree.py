@@ -69,6 +69,18 @@ def test_ordinary_user_runs_the_tool_through_a_link(tree: Path) -> None:
     assert re.fullmatch(r"uenvctl \d+\.\d+\.\d+\n", done.stdout)
 
 
+def test_man_and_completions_are_found(tree: Path) -> None:
+    # man looks for pages beside the directories of PATH, so nobody has to set MANPATH
+    found = run("man", "--where", "uenvctl-lock", PATH=f"{tree}/opt/uenvd/bin:/usr/bin:/bin")
+    assert found.stdout == f"{tree}/opt/uenvd/share/man/man1/uenvctl-lock.1\n"
+    for place in ("bash-completion/completions/uenvctl", "zsh/vendor-completions/_uenvctl"):
+        assert "uenvctl __complete" in (tree / "usr/share" / place).read_text()
+    fish = tree / "usr/share/fish/vendor_completions.d/uenvctl.fish"
+    path = f"{tree}/opt/uenvd/bin:/usr/bin:/bin"
+    done = run("fish", "--no-config", "-c", f"source {fish}; complete -C 'uenvctl doc'", PATH=path)
+    assert done.stdout.split()[0] == "doctor"
+
+
 def test_python_variables_of_the_caller_do_not_reach_the_programs(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "uenvd.py").write_text("raise SystemExit('the wrong module')")
     done = run(tree / "opt/uenvd/bin/uenvd", "--version", PYTHONPATH=str(tmp_path), PYTHONHOME="/nowhere")

@@ -140,6 +140,10 @@ class Client:
             raise
         return Reply(frame, tuple(descriptors))
 
+    def post(self, op: str, **fields: Any) -> None:  # noqa: ANN401 - any JSON value
+        """Send a request whose answer nobody waits for; then the connection is only good for closing. Raises what `call` raises of sending."""
+        self._send(protocol.encode(protocol.request(op, **fields)), op)
+
     def _send(self, data: bytes, op: str) -> None:
         self._socket.settimeout(ANSWER_S)
         try:

@@ -15,8 +15,6 @@ NOT_FOUND = 127
 NOT_EXECUTABLE = 126
 LEASE_FD = 100
 """Lowest number of the inherited connection that is the lease: out of the way of scripts' redirections."""
-RC_FD = 110
-"""The same for what bash reads first."""
 _DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
 
 

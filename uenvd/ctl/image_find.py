@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from uenvd.ctl.records import list_records
+from uenvd.ctl import records
 
 HELP = """\
 usage: uenvctl image find [LABEL]
 
 List the images of the registry. Every field of the label may be left out; the name need only begin as given.
-The column 'here' tells whether the image is on this node already.
 
-  --json         {"records": [{name, version, tag, system, uarch, namespace, digest, id, size_bytes, date, cached}]}
+  --json         {"records": [...]}, see docs/json.md
   --no-header    only the rows
   --refresh      ask the registry, even if it was asked a moment ago
   --socket PATH  uenvd's control socket, default $UENVD_SOCKET or /run/uenvd/control
@@ -24,13 +23,16 @@ examples:
   uenvctl image find build::         of another namespace
 """
 
+OPTIONS = records.OPTIONS
+TAKES = ("label",)
+
 
 def main(argv: Sequence[str]) -> int:
     """Handle the command; return the exit status."""
-    return list_records(
-        argv,
-        command="image find",
-        op="find",
-        help_text=HELP,
-        nothing="no image matches; all there is: uenvctl image find @'*'",
-    )
+    arguments = records.parse_listing(argv, command="image find", options=OPTIONS, help_text=HELP)
+    if arguments is None:
+        return 0
+    with records.connect(arguments) as client:
+        found = records.ask(client, "find", arguments)
+    nothing = "no image matches; all there is: uenvctl image find @'*'"
+    return records.show(found, arguments, here=False, nothing=nothing)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from uenvd.ctl import output
@@ -16,20 +17,25 @@ from uenvd.label import parse_description
 HELP = """\
 usage: uenvctl image inspect UENV
 
-Show an image's description, mount point, views and digest. UENV is a label or the path of a squashfs file.
+Show what an image is: description, mount point, views, size, test results, date, whether it is deprecated. Nothing is
+downloaded for that. UENV is a label or the path of a squashfs file.
 
-  --json         {label, digest, size_bytes, cached, date, mount, description, default_view,
-                  views: [{name, description}], architecture, annotations}
+  --json         see docs/json.md
   --refresh      ask the registry what the label means, even if that was asked a moment ago
   --socket PATH  uenvd's control socket, default $UENVD_SOCKET or /run/uenvd/control
+
+examples:
+  uenvctl image inspect prgenv-gnu/23.11
+  uenvctl image inspect ./my.squashfs --json
 """
+
+OPTIONS = {"--json": FLAG, "--refresh": FLAG}
+TAKES = ("uenv",)
 
 
 def main(argv: Sequence[str]) -> int:
     """Handle the command; return the exit status."""
-    arguments = parse(
-        argv, command="image inspect", options={"--json": FLAG, "--refresh": FLAG}, words=(1, 1)
-    )
+    arguments = parse(argv, command="image inspect", options=OPTIONS, words=(1, 1))
     if "--help" in arguments.flags:
         print(HELP, end="")
         return 0
@@ -61,8 +67,39 @@ def inspect_file(path: str) -> dict[str, Any]:
 
     Raises `UsageError`, `AccessDenied`, `StorageError`, `FormatError`.
     """
+    from uenvd.views import read_image_meta
+
+    with open_image(path) as read_file:
+        meta = read_image_meta(read_file)
+        size_bytes = os.stat(path).st_size  # noqa: PTH116 - pathlib is slow to import
+    return {
+        "label": path,
+        "digest": None,
+        "size_bytes": size_bytes,
+        "cached": True,
+        "date": None,
+        "mount": meta.mount if meta else None,
+        "description": meta.description if meta else None,
+        "default_view": meta.default_view if meta else None,
+        "views": [{"name": view.name, "description": view.description} for view in meta.views]
+        if meta
+        else None,
+        "architecture": None,
+        "tests": None,
+        "deprecated": None,
+        "tags": None,
+        "annotations": {},
+    }
+
+
+@contextmanager
+def open_image(path: str) -> Iterator[Callable[[bytes], bytes | None]]:
+    """Open a squashfs file as the user; yield a reader of its small regular files (None for what is no such file).
+
+    Raises `UsageError`, `AccessDenied`, `StorageError`, `FormatError`, also for what is met inside the ``with`` block.
+    """
     from uenvd.squashfs import Image, Kind  # a codec's worth of imports, for files only
-    from uenvd.views import MAX_FILE_BYTES, read_image_meta
+    from uenvd.views import MAX_FILE_BYTES
 
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -87,32 +124,29 @@ def inspect_file(path: str) -> dict[str, Any]:
                     return None
                 return image.read_file(inode, MAX_FILE_BYTES)
 
-            meta = read_image_meta(read_file)
+            yield read_file
         except FormatError as error:
             raise FormatError(f"{path}: {error.message}", hint=error.hint) from error
         except OSError as error:
             raise StorageError(f"cannot read {path}: {error.strerror}") from error
     finally:
         os.close(descriptor)
-    return {
-        "label": path,
-        "digest": None,
-        "size_bytes": status.st_size,
-        "cached": True,
-        "date": None,
-        "mount": meta.mount if meta else None,
-        "description": meta.description if meta else None,
-        "default_view": meta.default_view if meta else None,
-        "views": [{"name": view.name, "description": view.description} for view in meta.views]
-        if meta
-        else None,
-        "architecture": None,
-        "annotations": {},
-    }
 
 
 def _size(size_bytes: int) -> str:
     return f"{output.megabytes(size_bytes)} MB" if size_bytes >= 100_000 else f"{size_bytes} bytes"
+
+
+def _tags(tags: object) -> str | None:
+    return ", ".join(map(str, tags)) if isinstance(tags, list) and tags else None
+
+
+def tests_text(tests: object) -> str | None:
+    """Return the answer's ``tests`` for a human; None where nothing is known."""
+    if not isinstance(tests, dict):
+        return None
+    remark = tests.get("remark")
+    return f"{tests.get('verdict')}{f': {remark}' if remark else ''}"
 
 
 def _shown(facts: dict[str, Any]) -> str:
@@ -120,11 +154,14 @@ def _shown(facts: dict[str, Any]) -> str:
     cached = facts.get("cached")
     rows = [
         ("uenv:", facts.get("label")),
+        ("deprecated:", facts.get("deprecated")),
         ("description:", facts.get("description")),
         ("mount:", facts.get("mount")),
         ("digest:", facts.get("digest")),
         ("size:", _size(size) if isinstance(size, int) else None),
         ("date:", facts.get("date")),
+        ("tags:", _tags(facts.get("tags"))),
+        ("tests:", tests_text(facts.get("tests"))),
         ("architecture:", facts.get("architecture")),
         (
             "here:",

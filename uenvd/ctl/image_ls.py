@@ -1,29 +1,66 @@
-"""``uenvctl image ls``: what is on this node already."""
+"""``uenvctl image ls``: what there is in the registry, and what of it is on this node."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from uenvd.ctl.records import list_records
+from uenvd.ctl import output, records
+from uenvd.ctl.arguments import FLAG
+from uenvd.errors import RegistryDenied, RegistryError, RegistryUnreachable
 
 HELP = """\
-usage: uenvctl image ls [LABEL]
+usage: uenvctl image ls [--here] [LABEL]
 
-List the images in this node's cache: they start without a download. They are shared by all users; uenvd fetches and
-removes them by itself. Every field of the label may be left out; the name need only begin as given.
+List the images that you can use, as 'image find' does, with a column 'here': whether this node has the image already.
+One that it does not have is fetched when you use it. Also listed is what this node still has although its tag is gone
+from the registry. Every field of the label may be left out; the name need only begin as given.
 
-  --json         {"records": [{name, version, tag, system, uarch, namespace, digest, id, size_bytes, date, cached}]}
+  --here         only what is on this node; the registry is not asked
+  --json         {"records": [...]}, see docs/json.md
   --no-header    only the rows
+  --refresh      ask the registry, even if it was asked a moment ago
   --socket PATH  uenvd's control socket, default $UENVD_SOCKET or /run/uenvd/control
+
+examples:
+  uenvctl image ls prgenv
+  uenvctl image ls --here --json
 """
+
+OPTIONS = {**records.OPTIONS, "--here": FLAG}
+TAKES = ("label",)
 
 
 def main(argv: Sequence[str]) -> int:
     """Handle the command; return the exit status."""
-    return list_records(
-        argv,
-        command="image ls",
-        op="images",
-        help_text=HELP,
-        nothing="no image on this node matches; in the registry: uenvctl image find",
+    arguments = records.parse_listing(argv, command="image ls", options=OPTIONS, help_text=HELP)
+    if arguments is None:
+        return 0
+    with records.connect(arguments) as client:
+        stored = records.ask(client, "images", arguments)
+        found: list[dict[str, Any]] = []
+        if "--here" not in arguments.flags:
+            try:
+                found = records.ask(client, "find", arguments)
+            except (RegistryUnreachable, RegistryDenied, RegistryError) as error:
+                output.note(f"{error.message}; listed is only what is on this node")
+    nothing = (
+        "no image on this node matches; in the registry: uenvctl image find"
+        if "--here" in arguments.flags
+        else "no image matches; all there is: uenvctl image ls @'*'"
     )
+    return records.show(joined(found, stored), arguments, here=True, nothing=nothing)
+
+
+def joined(found: Sequence[dict[str, Any]], stored: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the registry's records and those that only the node has, each with ``pinned``, in the order of their labels."""
+    pinned = {_key(one): bool(one.get("pinned")) for one in stored}
+    rows = {_key(one): {**one, "pinned": pinned.get(_key(one), False)} for one in found}
+    for one in stored:
+        rows.setdefault(_key(one), one)
+    return [rows[key] for key in sorted(rows)]
+
+
+def _key(record: dict[str, Any]) -> tuple[str, ...]:
+    names = ("namespace", "name", "version", "tag", "system", "uarch", "digest")
+    return tuple(str(record.get(name) or "") for name in names)

@@ -5,31 +5,42 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from uenvd.ctl import output
-from uenvd.ctl.arguments import FLAG, parse
+from uenvd.ctl import lockfile, output
+from uenvd.ctl.arguments import FLAG, Arguments, parse
 from uenvd.ctl.client import REGISTRY_ANSWER_S, Client, socket_path
 from uenvd.errors import UsageError
 from uenvd.label import parse_descriptions
 
 HELP = """\
 usage: uenvctl image pull UENV[,UENV...]
+       uenvctl image pull --locked [UENV[,UENV...]]
 
 Fetch images into this node's cache, with progress on stderr. Nobody has to: an image that is asked for is fetched by
 itself. The images' digests are printed.
 
-  --json         {"images": [{label, digest, mount, size_bytes, cached, views, default_view}]}
-  --refresh      ask the registry what the label means, even if that was asked a moment ago
-  --socket PATH  uenvd's control socket, default $UENVD_SOCKET or /run/uenvd/control
+  --locked           the bytes that uenv.lock names; without UENV, all of them
+  --lock-file PATH   this lock file instead of uenv.lock here or in a directory above
+  --json             {"images": [...]}, see docs/json.md
+  --refresh          ask the registry what the label means, even if that was asked a moment ago
+  --socket PATH      uenvd's control socket, default $UENVD_SOCKET or /run/uenvd/control
+
+examples:
+  uenvctl image pull prgenv-gnu/23.11
+  srun --ntasks-per-node=1 uenvctl image pull --locked
 """
+
+OPTIONS = {"--json": FLAG, "--refresh": FLAG, **lockfile.OPTIONS}
+TAKES = ("uenv",)
 
 
 def main(argv: Sequence[str]) -> int:
     """Handle the command; return the exit status."""
-    arguments = parse(argv, command="image pull", options={"--json": FLAG, "--refresh": FLAG}, words=(1, 1))
+    arguments = parse(argv, command="image pull", options=OPTIONS, words=(0, 1))
     if "--help" in arguments.flags:
         print(HELP, end="")
         return 0
-    for one in parse_descriptions(arguments.words[0]):
+    wanted = _wanted(arguments)
+    for one in parse_descriptions(wanted):
         if one.path is not None:
             raise UsageError(f"{one.path} is a file: there is nothing to pull")
     path = socket_path(arguments.values.get("--socket"), os.environ)
@@ -37,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         frame = client.call(
             "pull",
             answer_s=REGISTRY_ANSWER_S,
-            uenv=arguments.words[0],
+            uenv=wanted,
             refresh="--refresh" in arguments.flags or None,
             on_event=progress,
         ).frame
@@ -49,3 +60,11 @@ def main(argv: Sequence[str]) -> int:
     elif images:
         output.data(output.table((), [(str(one.get("label")), str(one.get("digest"))) for one in images]))
     return 0
+
+
+def _wanted(arguments: Arguments) -> str:
+    if arguments.words:
+        return lockfile.pinned_by(arguments, arguments.words[0])
+    if "--locked" not in arguments.flags and "--lock-file" not in arguments.values:
+        raise UsageError("too few arguments", hint="see: uenvctl image pull --help")
+    return ",".join(str(one.pinned) for one in lockfile.chosen(arguments).images)

@@ -78,9 +78,13 @@ def data(text: str) -> None:
     sys.stdout.write(printable(text) + "\n")
 
 
-def data_json(value: Any) -> None:  # noqa: ANN401 - any JSON value
-    """Write a value as indented JSON to stdout."""
-    data(json.dumps(value, indent=2))
+SCHEMA_VERSION = 1
+"""Of all JSON that uenvctl writes (docs/json.md). Keys may be added; it changes when one goes or means something else."""
+
+
+def data_json(fields: Mapping[str, Any]) -> None:
+    """Write an object as indented JSON to stdout, with the version of the schema."""
+    data(json.dumps({"schema_version": SCHEMA_VERSION, **fields}, indent=2))
 
 
 def table(
@@ -150,11 +154,17 @@ class Progress:
         if total <= 0:
             return message
         share = min(1.0, done / total)
+        what, _colon, numbers = message.partition(": ")
+        if " MB" not in numbers:  # else they are shown better here
+            what = message
         size = f"{megabytes(done)} of {megabytes(total)} MB"
+        rate, left = (_count(event.get(key)) for key in ("rate_bytes_per_s", "eta_s"))
+        if rate > 0:
+            size += f", {megabytes(rate)} MB/s, {left // 60}:{left % 60:02} left"
         if not self._bar:
-            return f"{message}: {size}"
+            return f"{what}: {size}"
         full = int(share * _BAR_WIDTH)
-        return f"[{'#' * full}{'.' * (_BAR_WIDTH - full)}] {share:4.0%} {size}  {message}"
+        return f"[{'#' * full}{'.' * (_BAR_WIDTH - full)}] {share:4.0%} {size}  {what}"
 
     def _columns(self) -> int:
         try:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import NoReturn
 
+from uenvd.ctl import lockfile
 from uenvd.ctl.arguments import FLAG, VALUE, Arguments, parse
 from uenvd.errors import UsageError
 
@@ -18,17 +19,21 @@ its signals and its input are its own. 127: not found, 126: cannot be run.
 UENV is a label, name/version:tag@system%uarch, or the path of a squashfs file (./x.squashfs), either followed by
 :/mount/point if it shall not be mounted where the image wants to be. Files need no daemon.
 
-  -v, --view VIEW     view or uenv:view, a comma list; else the image's default view, if it has one
+  -v, --view VIEW     view or uenv:view, a comma list; else the image's default view, if it has one; none: no view
+  --locked            the bytes that uenv.lock names, whatever the label means by now; see 'uenvctl lock --help'
+  --lock-file PATH    this lock file instead of uenv.lock here or in a directory above
   --refresh           ask the registry what the label means, even if that was asked a moment ago
   --socket PATH       uenvd's control socket, default $UENVD_SOCKET or /run/uenvd/control
 
 examples:
   uenvctl run --view=default prgenv-gnu/23.11 -- mpicc -o hello hello.c
+  uenvctl run --locked prgenv-gnu/23.11 -- make
   uenvctl run ./my.squashfs python3 script.py
   uenvctl run ./a.squashfs:/user-environment,./b.squashfs:/user-tools -- ls /user-tools
 """
 
-OPTIONS = {"--view": VALUE, "--refresh": FLAG}
+OPTIONS = {"--view": VALUE, "--refresh": FLAG, **lockfile.OPTIONS}
+TAKES = ("uenv", "command")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,7 +52,7 @@ def _run(arguments: Arguments) -> NoReturn:
     from uenvd.ctl.execute import LEASE_FD, execute, inherit
     from uenvd.ctl.session import Plan, build, refuse_inside_session
 
-    plan = Plan.parse(arguments.words[0], arguments.values.get("--view"))
+    plan = Plan.parse(lockfile.pinned_by(arguments, arguments.words[0]), arguments.values.get("--view"))
     refuse_inside_session("run")
     socket = socket_path(arguments.values.get("--socket"), os.environ)
     environ, lease = build(plan, socket, os.environ, refresh="--refresh" in arguments.flags)

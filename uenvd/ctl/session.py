@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from uenvd import mounts
 from uenvd.ctl.client import Client
 from uenvd.ctl.output import Progress, mention_files, note
+from uenvd.ctl.overlay import attach_copies, ssh_includes
 from uenvd.errors import (
     LabelError,
     MountConflict,
@@ -42,12 +43,15 @@ from uenvd.views import (
     ops_from_wire,
     select_views,
     view_ops,
+    with_restore,
 )
 
 if TYPE_CHECKING:
     from uenvd.ctl.files import Worker
 
 SOURCE_PREFIX = "uenvd:"
+NO_VIEW = "none"
+"""As ``--view``: no view at all, no default one either."""
 IDMAP_S = 1.0
 """How long a session of files only waits for the daemon to map the user's groups; it works without."""
 
@@ -77,6 +81,8 @@ class Plan(NamedTuple):
 
     descriptions: tuple[Description, ...]
     views: tuple[ViewName, ...]
+    use_default: bool = True
+    """Whether the default view of an image of which no view is named is applied."""
 
     @classmethod
     def parse(cls, uenv: str, views: str | None) -> Plan:
@@ -95,6 +101,8 @@ class Plan(NamedTuple):
         for path in files:
             if files.count(path) > 1:
                 raise MountConflict(f"{path} is named twice", hint="name it once")
+        if views is not None and views.strip() == NO_VIEW:
+            return cls(descriptions, (), use_default=False)
         return cls(descriptions, parse_views(views) if views is not None else ())
 
     @property
@@ -241,21 +249,29 @@ def _attach_error(part: Part, error: OSError) -> UenvError:
 
 
 def build(
-    plan: Plan, socket_path: str, environ: Mapping[str, str], *, refresh: bool = False
+    plan: Plan,
+    socket_path: str,
+    environ: Mapping[str, str],
+    *,
+    refresh: bool = False,
+    copies: Mapping[str, bytes] | None = None,
 ) -> tuple[dict[str, str], Client | None]:
     """Make the session: enter the namespace, attach the images.
 
+    ``copies`` are files (path, content) that the session sees in place of the machine's, besides those of `overlay`.
     Returns the environment for the command, and the connection that is the lease (``None`` without images of the daemon).
     """
     workers = _start_workers(len(plan.files))
     client = Client(socket_path) if plan.labels else _courtesy(socket_path)
+    changed = {**ssh_includes(), **(copies or {})} if os.geteuid() != 0 else copies or {}
     enter_namespace(client)
+    attach_copies(changed)
     parts, metas = _serve_files(plan.files, workers)
     ops: list[EnvOp] = []
     keys: list[str] = []
     mine, theirs = _split_views(plan, metas)
     if parts:
-        selected = select_views(metas, mine, use_default=True)
+        selected = select_views(metas, mine, use_default=plan.use_default)
         ops += view_ops(selected)
         keys.append(applied_key([part.identity for part in parts], selected))
     if plan.labels and client is not None:
@@ -268,7 +284,7 @@ def build(
         client.close()
         client = None
     attach(parts)
-    return session_environment(environ, parts, ops, ";".join(keys)), client
+    return session_environment(environ, parts, with_restore(ops), ";".join(keys)), client
 
 
 def _start_workers(count: int) -> list[Worker]:
@@ -361,7 +377,7 @@ def _from_daemon(
     reply = client.call(
         "mount",
         uenv=",".join(map(str, plan.labels)),
-        view=",".join(map(str, views)) or None,
+        view=",".join(map(str, views)) or (None if plan.use_default else NO_VIEW),
         refresh=refresh or None,
     )
     frame = reply.frame

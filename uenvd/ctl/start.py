@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
+from uenvd.ctl import lockfile
 from uenvd.ctl.arguments import FLAG, VALUE, Arguments, parse
 
 HELP = """\
@@ -18,16 +19,19 @@ piped in:  echo 'make -j8' | uenvctl start --view=default prgenv-gnu/23.11
 UENV is a label, name/version:tag@system%uarch, or the path of a squashfs file (./x.squashfs), either followed by
 :/mount/point if it shall not be mounted where the image wants to be. Files need no daemon.
 
-  -v, --view VIEW   view or uenv:view, a comma list; else the image's default view, if it has one
-  --refresh         ask the registry what the label means, even if that was asked a moment ago
-  --socket PATH     uenvd's control socket, default $UENVD_SOCKET or /run/uenvd/control
+  -v, --view VIEW    view or uenv:view, a comma list; else the image's default view, if it has one; none: no view
+  --locked           the bytes that uenv.lock names, whatever the label means by now; see 'uenvctl lock --help'
+  --lock-file PATH   this lock file instead of uenv.lock here or in a directory above
+  --refresh          ask the registry what the label means, even if that was asked a moment ago
+  --socket PATH      uenvd's control socket, default $UENVD_SOCKET or /run/uenvd/control
 
 examples:
   uenvctl start --view=default prgenv-gnu/23.11
   uenvctl start ./my.squashfs:/user-environment
 """
 
-OPTIONS = {"--view": VALUE, "--refresh": FLAG}
+OPTIONS = {"--view": VALUE, "--refresh": FLAG, **lockfile.OPTIONS}
+TAKES = ("uenv",)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,66 +46,25 @@ def main(argv: Sequence[str]) -> int:
 def _start(arguments: Arguments) -> NoReturn:
     from uenvd.ctl.client import socket_path
     from uenvd.ctl.execute import LEASE_FD, execute, inherit
+    from uenvd.ctl.output import note
     from uenvd.ctl.session import Plan, build, refuse_inside_session
+    from uenvd.ctl.shells import choose, first_files, interactive
 
-    plan = Plan.parse(arguments.words[0], arguments.values.get("--view"))
+    plan = Plan.parse(lockfile.pinned_by(arguments, arguments.words[0]), arguments.values.get("--view"))
     refuse_inside_session("start a shell")
-    shell = user_shell(os.environ)
+    shell, remark = choose(os.environ)
+    if remark is not None:
+        note(remark)
+    at_terminal = _is_terminal(0)
+    copies = first_files(shell, arguments.words[0]) if at_terminal else {}
     socket = socket_path(arguments.values.get("--socket"), os.environ)
-    environ, lease = build(plan, socket, os.environ, refresh="--refresh" in arguments.flags)
+    environ, lease = build(plan, socket, os.environ, refresh="--refresh" in arguments.flags, copies=copies)
     if lease is not None:
         inherit(lease.fileno(), LEASE_FD)
-    command = [shell]
-    if _is_terminal(0) and shell.rpartition("/")[2] == "bash":
-        command += ["--rcfile", f"/dev/fd/{_bash_rc(environ['UENV_LABEL'])}", "-i"]
-    execute(command, environ)
-
-
-def user_shell(environ: Mapping[str, str]) -> str:
-    """Return ``$SHELL``, else the user's shell in the system's database, else ``/bin/sh``."""
-    shell = environ.get("SHELL", "")
-    if not shell:
-        import pwd  # hardly ever needed
-
-        try:
-            shell = pwd.getpwuid(os.getuid()).pw_shell
-        except KeyError:
-            shell = ""
-    return shell or "/bin/sh"
-
-
-def bash_rc(labels: str, descriptor: int) -> str:
-    """Return what an interactive bash reads first: the files that it would read without us, then the session in the prompt.
-
-    bash reads the text from `descriptor`, which is closed by its last line. `labels` is a comma list.
-    """
-    names = ",".join(_short(label) for label in labels.split(","))
-    return (
-        "if [ -r /etc/bash.bashrc ]; then . /etc/bash.bashrc; fi\n"
-        'if [ -r "$HOME/.bashrc" ]; then . "$HOME/.bashrc"; fi\n'
-        f"PS1='[{names}] '\"$PS1\"\n"
-        f"exec {descriptor}<&-\n"
-    )
-
-
-def _short(label: str) -> str:
-    """Return a label without tag, system and digest, or a file's name; only characters that a prompt shows as they are."""
-    name = (
-        label.rpartition("/")[2]
-        if label.startswith(("/", "."))
-        else label.partition(":")[0].partition("@")[0]
-    )
-    return "".join(c for c in name if c.isascii() and (c.isalnum() or c in "_-./"))
-
-
-def _bash_rc(labels: str) -> int:
-    from uenvd.ctl.execute import RC_FD, inherit
-
-    with open(os.memfd_create("uenvctl-rc"), "w+b") as file:  # noqa: PTH123 - an anonymous file
-        descriptor = inherit(file.fileno(), RC_FD)
-        file.write(bash_rc(labels, descriptor).encode())
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
+    if not at_terminal:
+        execute([shell], environ)
+    start = interactive(shell, environ["UENV_LABEL"], os.environ)
+    execute(start.command, {**environ, **start.environ})
 
 
 def _is_terminal(descriptor: int) -> bool:

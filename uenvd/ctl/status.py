@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,18 +19,29 @@ usage: uenvctl status
 Show which images are mounted for this shell (by asking the kernel, not the environment), and whether uenvd runs on
 this node and what it serves. The exit status is 0 also when it does not run.
 
-  --json         {"session": [{source, mount, label}], "daemon": the protocol's status or null, "error": text or null}
+  --json         {"session": [...], "daemon": {...} or null, "error": text or null}, see docs/json.md
+  --metrics      uenvd's counters as Prometheus reads them, and nothing else
   --no-header    the table of images without its header
   --socket PATH  uenvd's control socket, default $UENVD_SOCKET or /run/uenvd/control
+
+examples:
+  uenvctl status
+  uenvctl status --json
 """
+
+OPTIONS = {"--json": FLAG, "--metrics": FLAG, "--no-header": FLAG}
+TAKES = ()
 
 
 def main(argv: Sequence[str]) -> int:
     """Handle the command; return the exit status."""
-    options = {"--json": FLAG, "--no-header": FLAG}
-    arguments = parse(argv, command="status", options=options)
+    arguments = parse(argv, command="status", options=OPTIONS)
     if "--help" in arguments.flags:
         print(HELP, end="")
+        return 0
+    if "--metrics" in arguments.flags:
+        with Client(socket_path(arguments.values.get("--socket"), os.environ)) as client:
+            output.data(str(client.call("metrics").frame.get("text")).rstrip())
         return 0
     daemon: dict[str, Any] | None = None
     problem: UenvError | None = None
@@ -96,7 +108,40 @@ def _daemon_rows(daemon: Mapping[str, Any] | None, problem: UenvError | None) ->
             if isinstance(size, int)
         ]
         rows.append(("cache:", ", ".join([str(cache.get("path")), *sizes])))
+    metrics = daemon.get("metrics")
+    if isinstance(metrics, dict):
+        rows.append(("activity:", _activity(metrics)))
     return rows
+
+
+def _activity(metrics: Mapping[str, Any]) -> str:
+    """Return what the daemon did since it started, in a line."""
+
+    def number(name: str) -> float:
+        value = metrics.get(name)
+        return value if isinstance(value, int | float) else 0
+
+    def plural(count: float, word: str) -> str:
+        return f"{count:.0f} {word}{'' if count == 1 else 's'}"
+
+    parts = [plural(number("mounts"), "mount")]
+    if number("mounts"):
+        parts[0] += f" ({number('hits') / number('mounts'):.0%} here already)"
+    if number("pulls"):
+        parts.append(
+            f"{plural(number('pulls'), 'pull')} ({output.megabytes(int(number('pulled_bytes')))} MB)"
+        )
+    if number("ready_median_s"):
+        parts.append(f"half ready within {_duration(number('ready_median_s'))}")
+    failed = number("failed_requests") + number("failed_images")
+    if failed:
+        parts.append(plural(failed, "failure"))
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(number("since")))
+    return f"{', '.join(parts)} since {since}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.0f} s"
 
 
 def _image_row(one: Mapping[str, Any]) -> tuple[str, ...]:

@@ -48,6 +48,9 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert "usage: uenvctl" in capsys.readouterr().out
     assert main(["image", "--help"]) == 0
     assert "image find" in capsys.readouterr().out
+    assert main(["kernel"]) == 66
+    assert main(["help", "image", "find"]) == 0
+    assert "usage: uenvctl image find" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -59,6 +62,8 @@ def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str])
     assert captured.out.startswith(f"usage: uenvctl {command}")
     assert all(len(line) <= 120 for line in captured.out.splitlines())
     assert captured.err == ""
+    assert "\nexamples:\n" in captured.out
+    assert all(f"  {option}" in captured.out or f", {option}" in captured.out for option in module.OPTIONS)
 
 
 def test_a_bug_is_told_without_traceback(
@@ -82,24 +87,57 @@ def _run(tmp_path: Path, argv: list[str], script: dict[str, Any]) -> tuple[int, 
         return status, daemon.requests
 
 
-@pytest.mark.parametrize(("command", "op"), [("find", "find"), ("ls", "images")])
-def test_listing(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, op: str) -> None:
-    script = {op: [{"ok": True, "records": [RECORD, ABSENT], "notes": ["the registry is away"]}]}
-    status, requests = _run(tmp_path, ["image", command, "app", "--refresh"], script)
+SCHEMA = {"schema_version": 1}
+ADDED = {"id": "ab" * 8, "size": 91_226_112}
+ABSENT_ADDED = {"id": "ab" * 8, "size": 5_000_000_000}
+
+
+def test_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deprecated = {**RECORD, "deprecated": "old"}
+    script = {"find": [{"ok": True, "records": [deprecated, ABSENT], "notes": ["the registry is away"]}]}
+    status, requests = _run(tmp_path, ["image", "find", "app", "--refresh"], script)
     assert status == 0
-    assert requests == [{"v": 1, "op": op, "uenv": "app", "refresh": True}]
+    assert requests == [{"v": 1, "op": "find", "uenv": "app", "refresh": True}]
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [
-        "uenv      arch  system  id                size(MB)  date        here",
-        "app/1:v1  zen3  demo    abababababababab        91  2026-11-03  yes",
-        "app/1     a100  demo    abababababababab      5000              -",
+        "uenv      arch  system  id                size(MB)  date",
+        "app/1:v1  zen3  demo    abababababababab        91  2026-11-03 deprecated",
+        "app/1     a100  demo    abababababababab      5000",
     ]
     assert captured.err == "uenvctl: the registry is away\n"
-    _run(tmp_path, ["image", command, "--no-header"], script)
+    _run(tmp_path, ["image", "find", "--no-header"], script)
     assert len(capsys.readouterr().out.splitlines()) == 2
-    _run(tmp_path, ["image", command, "--json"], script)
+    _run(tmp_path, ["image", "find", "--json"], script)
+    assert json.loads(capsys.readouterr().out) == {
+        **SCHEMA,
+        "records": [{**deprecated, **ADDED}, {**ABSENT, **ABSENT_ADDED}],
+    }
+
+
+def test_ls_is_find_and_what_only_the_node_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    orphan = {**RECORD, "tag": "v0", "pinned": True}
+    script = {
+        "find": [{"ok": True, "records": [RECORD, ABSENT]}],
+        "images": [{"ok": True, "records": [{**RECORD, "pinned": True}, orphan]}],
+    }
+    assert _run(tmp_path, ["image", "ls"], script)[0] == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "uenv      arch  system  id                size(MB)  date        here",
+        "app/1     a100  demo    abababababababab      5000              -",
+        "app/1:v0  zen3  demo    abababababababab        91  2026-11-03  yes",
+        "app/1:v1  zen3  demo    abababababababab        91  2026-11-03  yes",
+    ]
+    _run(tmp_path, ["image", "ls", "--json"], script)
     records = json.loads(capsys.readouterr().out)["records"]
-    assert records == [{**RECORD, "id": "ab" * 8}, {**ABSENT, "id": "ab" * 8}]
+    assert [one["pinned"] for one in records] == [False, True, True]
+    status, requests = _run(tmp_path, ["image", "ls", "--here"], script)
+    assert [one["op"] for one in requests] == ["images"]
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    away = {**script, "find": [failure("registry-unreachable", "the registry is away")]}
+    assert _run(tmp_path, ["image", "ls"], away)[0] == status == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 3
+    assert captured.err == "uenvctl: the registry is away; listed is only what is on this node\n"
 
 
 @pytest.mark.parametrize("command", ["find", "ls"])
@@ -108,11 +146,11 @@ def test_listing_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], com
     assert _run(tmp_path, ["image", command], script)[0] == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "uenvctl image find" in captured.err
+    assert f"uenvctl image {command}" in captured.err
     assert _run(tmp_path, ["image", command, "--no-header"], script)[0] == 0
     assert capsys.readouterr() == ("", "")
     assert _run(tmp_path, ["image", command, "--json"], script)[0] == 0
-    assert json.loads(capsys.readouterr().out) == {"records": []}
+    assert json.loads(capsys.readouterr().out) == {**SCHEMA, "records": []}
 
 
 def test_listing_garbage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +179,8 @@ def test_errors_of_the_daemon(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 INSPECTED = {
     "ok": True, "label": "app/1:v1", "digest": DIGEST, "size_bytes": 91_226_112, "cached": False, "date": "2026-11-03", "mount": "/user-environment",
     "description": "the app", "default_view": "default", "views": [{"name": "default", "description": "all"}, {"name": "x", "description": ""}],
-    "architecture": "x86_64", "annotations": {}, "notes": ["n"],
+    "architecture": "x86_64", "annotations": {}, "notes": ["n"], "tests": {"verdict": "passed", "remark": "3 of 3"},
+    "deprecated": "too old", "tags": ["latest", "v1"],
 }  # fmt: skip
 
 
@@ -153,11 +192,14 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.err == "uenvctl: n\n"
     assert captured.out == (
         "uenv:          app/1:v1\n"
+        "deprecated:    too old\n"
         "description:   the app\n"
         "mount:         /user-environment\n"
         f"digest:        {DIGEST}\n"
         "size:          91 MB\n"
         "date:          2026-11-03\n"
+        "tags:          latest, v1\n"
+        "tests:         passed: 3 of 3\n"
         "architecture:  x86_64\n"
         "here:          no, will be fetched when it is used\n"
         "views:\n"
@@ -166,7 +208,8 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     _run(tmp_path, ["image", "inspect", "app", "--json"], {"inspect": [INSPECTED]})
     assert json.loads(capsys.readouterr().out) == {
-        key: value for key, value in INSPECTED.items() if key not in ("ok", "notes")
+        **SCHEMA,
+        **{key: value for key, value in INSPECTED.items() if key not in ("ok", "notes")},
     }
     _run(tmp_path, ["image", "inspect", "app"], {"inspect": [{**INSPECTED, "views": None}]})
     assert "not known before" in capsys.readouterr().out
@@ -179,7 +222,7 @@ def test_pull(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(tmp_path, ["image", "pull", "app"], script)[0] == 0
     assert capsys.readouterr().out == f"app/1:v1  {DIGEST}\n"
     _run(tmp_path, ["image", "pull", "app", "--json"], script)
-    assert json.loads(capsys.readouterr().out) == {"images": [image]}
+    assert json.loads(capsys.readouterr().out) == {**SCHEMA, "images": [image]}
 
 
 def test_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,6 +249,7 @@ def test_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _run(tmp_path, ["status", "--json"], {"status": [answer]})
     facts = json.loads(capsys.readouterr().out)
     assert facts == {
+        **SCHEMA,
         "session": [],
         "daemon": {key: value for key, value in answer.items() if key != "ok"},
         "error": None,
@@ -213,23 +257,35 @@ def test_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(tmp_path, ["status"], {"status": [{"ok": True, "images": 3, "cache": 4}]})[0] == 0
 
 
+def modules_after(code: str, tmp_path: Path) -> set[str]:
+    """Return the modules that are loaded when the code has run; what it writes is dropped."""
+    program = f"import sys\n{code}\nopen({str(tmp_path / 'loaded')!r}, 'w').write('\\n'.join(sys.modules))"
+    subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, check=True)
+    return set((tmp_path / "loaded").read_text().split())
+
+
 @pytest.mark.parametrize(
-    "module",
-    [
-        "uenvd.ctl.main",
-        "uenvd.ctl.session",
-        "uenvd.ctl.execute",
-        "uenvd.ctl.start",
-        "uenvd.ctl.files",
-        "uenvd.ctl.records",
-    ],
+    "module", ["main", "session", "execute", "start", "files", "records", "complete", "run"]
 )
-def test_the_fast_path_imports_nothing_heavy(module: str) -> None:
-    code = f"import sys, {module}; print('\\n'.join(sys.modules))"
-    loaded = subprocess.run(
-        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert not HEAVY & set(loaded)
+def test_the_fast_path_imports_nothing_heavy(module: str, tmp_path: Path) -> None:
+    loaded = modules_after(f"import uenvd.ctl.{module}", tmp_path)
+    assert not HEAVY & loaded
     assert not [
         name for name in loaded if name.startswith(("uenvd.fuse", "uenvd.oci", "uenvd.cache", "uenvd.daemon"))
     ]
+
+
+def test_what_is_loaded_is_counted(tmp_path: Path) -> None:
+    """Times depend on the machine, the number of modules does not: each costs 0.1 to 1 ms. tests/bench/uenvctl_latency.py has the times."""
+    bare = modules_after("", tmp_path)
+    complete = (
+        "from uenvd.ctl.main import main; main(['--socket=/nonexistent', '__complete', 'zsh', 'run', 'a'])"
+    )
+    cases = {
+        "from uenvd.ctl.main import main; main(['--version'])": 4,
+        complete: 60,
+        "import uenvd.ctl.run, uenvd.ctl.session, uenvd.ctl.execute": 64,
+    }
+    for code, limit in cases.items():
+        loaded = modules_after(code, tmp_path) - bare
+        assert len(loaded) <= limit, sorted(loaded)

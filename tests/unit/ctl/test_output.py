@@ -101,6 +101,20 @@ def test_without_terminal_a_line_after_a_second_and_then_every_ten() -> None:
     )
 
 
+def test_the_numbers_of_a_pull_are_shown_once() -> None:
+    for stream, shown in (
+        (io.StringIO(), "uenvctl: pulling app/1:v1: 45 of 90 MB, 5.0 MB/s, 1:09 left\n"),
+        (Terminal(), "  50% 45 of 90 MB, 5.0 MB/s, 1:09 left  pulling app/1"),
+    ):
+        clock = Clock()
+        with Progress(clock=clock, stream=stream) as progress:
+            clock.now = 5.0
+            message = "pulling app/1:v1: 45 of 90 MB, 5 MB/s, 69 s left"
+            progress(_event(45_000_000, 90_000_000, message) | {"rate_bytes_per_s": 5e6, "eta_s": 69})
+            progress(_event(1, 2, "waiting: for a lock") | {"rate_bytes_per_s": "x"})
+        assert shown in stream.getvalue()
+
+
 def test_a_short_wait_shows_nothing() -> None:
     stream = io.StringIO()
     with Progress(clock=Clock(), stream=stream) as progress:

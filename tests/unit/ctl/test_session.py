@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from uenvd.ctl import session
+from uenvd.ctl import overlay, session
+from uenvd.ctl.overlay import included_patterns
 from uenvd.ctl.session import Mounted, Part, Plan, parse_mountinfo, refuse_inside_session, session_environment
-from uenvd.ctl.start import bash_rc, user_shell
+from uenvd.ctl.shells import choose, first_files, interactive, short_name
 from uenvd.errors import LabelError, MountConflict, MountPointError, SessionError
 from uenvd.label import Description, Label, ViewName
 from uenvd.views import ImageMeta, View
@@ -151,21 +152,79 @@ def test_malformed_mounts_of_the_daemon(mounts: Any) -> None:
 
 
 def test_the_users_shell(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert user_shell({"SHELL": "/bin/zsh"}) == "/bin/zsh"
-    assert user_shell({}).startswith("/")
+    assert choose({"SHELL": "/bin/sh"}) == ("/bin/sh", None)
+    assert choose({})[0].startswith("/")
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)
-    assert user_shell({"SHELL": ""}) == "/bin/sh"
+    assert choose({"SHELL": ""}) == ("/bin/bash", None)
+    for odd in ("/usr/sbin/nologin", "/bin/false", "bash", "/no/such", "/etc/passwd", "/etc"):
+        shell, remark = choose({"SHELL": odd})
+        assert shell == "/bin/bash"
+        assert remark == f"$SHELL is {odd}, which is no shell that can be run; this is /bin/bash"
 
 
 @pytest.mark.parametrize(
-    ("labels", "prompt"),
+    ("label", "name"),
     [
-        ("python-sci/2026.11:v1@demo%zen3", "[python-sci/2026.11] "),
-        ("app@demo,./dir/x.squashfs", "[app,x.squashfs] "),
-        ("./$(touch x)`y`\\w'\".squashfs", "[touchxyw.squashfs] "),
+        ("python-sci/2026.11:v1@demo%zen3", "python-sci/2026.11"),
+        ("app@demo", "app"),
+        ("app%zen3", "app"),
+        ("./dir/x.squashfs", "x.squashfs"),
+        ("/a b/$(touch x)`y`\\w'\".squashfs", "touchxyw.squashfs"),
+        ("app!!/1%n", "app/1"),
     ],
 )
-def test_the_prompt_shows_the_session_and_nothing_is_run(labels: str, prompt: str) -> None:
-    text = bash_rc(labels, 111)
-    assert f"PS1='{prompt}'\"$PS1\"\n" in text
-    assert text.endswith("exec 111<&-\n")
+def test_names_in_the_prompt_have_nothing_that_a_shell_treats_specially(label: str, name: str) -> None:
+    assert short_name(label) == name
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "tcsh", "csh", "dash", "ksh", "sh", "nushell"])
+def test_how_shells_are_started(shell: str) -> None:
+    start = interactive(f"/usr/bin/{shell}", "app/1:v1,./x.squashfs", {"ZDOTDIR": "/z", "PS1": "> "})
+    assert start.command[0] == f"/usr/bin/{shell}"
+    told = " ".join([*start.command, *start.environ.values()])
+    assert ("[app/1,x.squashfs] " in told) == (shell not in ("tcsh", "csh", "nushell"))
+    for word in start.command[1:]:
+        assert not word.startswith("/") or os.path.exists(word)
+
+
+def test_csh_is_told_by_its_first_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from uenvd.ctl import shells
+
+    monkeypatch.setattr(shells, "CSH_START", str(tmp_path / "csh.cshrc"))
+    assert first_files("/bin/tcsh", "app/1") == {}
+    (tmp_path / "csh.cshrc").write_text("umask 22")
+    (text,) = first_files("/bin/tcsh", "app/1").values()
+    assert text.startswith(b"umask 22\nif ($?prompt) ")
+    assert b"[app/1] " in text
+    assert first_files("/bin/bash", "app/1") == {}
+
+
+def test_include_lines_of_ssh() -> None:
+    text = (
+        'Include a.conf\n  include /x/*.conf /y.conf\nINCLUDE="/quoted"\n# Include /no\nIncludes /no\n'
+        "Include ~/.ssh/mine %d/token ${HOME}/env\nHost x\n\tInclude\tlate\n"
+    )
+    assert included_patterns(text) == [
+        "/etc/ssh/a.conf", "/x/*.conf", "/y.conf", "/quoted", "/etc/ssh/late",
+    ]  # fmt: skip
+
+
+def test_ssh_files_are_found_through_includes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    main = tmp_path / "ssh_config"
+    main.write_text(f"Include {tmp_path}/d/*.conf\nInclude {tmp_path}/no/such\n")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/1.conf").write_text(f"Include {tmp_path}/d/1.conf {tmp_path}/policy\n")
+    (tmp_path / "d/.hidden.conf").write_text("x\n")
+    (tmp_path / "d/2.conf").symlink_to(tmp_path / "policy")
+    (tmp_path / "d/3.conf").write_text("writable\n")
+    (tmp_path / "d/3.conf").chmod(0o666)
+    os.mkfifo(tmp_path / "d/4.conf")
+    (tmp_path / "policy").write_text("Ciphers x\n")
+    monkeypatch.setattr(overlay, "SSH_ROOTS", (str(main), str(tmp_path / "none")))
+    if os.geteuid() != 0:
+        assert overlay.ssh_includes() == {}
+        return
+    assert overlay.ssh_includes() == {
+        str(tmp_path / "d/1.conf"): f"Include {tmp_path}/d/1.conf {tmp_path}/policy\n".encode(),
+        str(tmp_path / "policy"): b"Ciphers x\n",
+    }
