@@ -1,175 +1,167 @@
-"""How fast an image is served, against squashfuse_ll and the kernel's own squashfs: `make bench`.
+"""How fast an image is served: kernel squashfs, squashfuse_ll and both transports of uenvd, interleaved in one run: `make bench`.
 
-    serving.py [--rounds N]
+    serving.py [--rounds N] [--rows WORD,...] [--servers NAME,...] [--image FILE] [--no-fragments] [--uid N]
+               [--out DIRECTORY]
 
-Every round mounts the image anew with each server in turn, so that slow moments of the machine hit all of them; the figures are medians.
-"Cold" is the first access after a mount: the server has to be asked; the image file itself is in the page cache. Needs root.
+``--rows``: groups (warm walk small small8 large import import8 compile full) or parts of row names. Needs root.
+`docs/performance.md` says what the rows mean. Writes ``serving.json``, ``serving.md`` and ``serving.svg``; a run of some rows or servers
+only prints, unless ``--out`` is given.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import gzip
 import os
-import random
-import shutil
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from support.fusetools import is_mounted, until
-from support.images import content
+import environment  # noqa: E402
+import report  # noqa: E402
+from rows import GROUPS, Bench, possible  # noqa: E402
+from servers import PROGRAM, SERVERS, cached_share, forget, mounted  # noqa: E402
 
-PROGRAMS = Path(sys.prefix) / "bin"
-DIRECTORIES, FILES_EACH, SMALL_BYTES = 60, 60, 6000
-LARGE_BYTES = 96 << 20
-READ_BYTES = 1 << 20
+RESULTS = HERE.parents[1] / "bench/results"
 UENVCTL_RUNS = 15
 
 
-def make_image(directory: Path) -> Path:
-    """Squash a tree of small files in many directories and one large file."""
-    tree = directory / "tree"
-    for number in range(DIRECTORIES):
-        (tree / f"dir{number}").mkdir(parents=True)
-        for file in range(FILES_EACH):
-            (tree / f"dir{number}/file{file}").write_bytes(content(SMALL_BYTES, number * FILES_EACH + file))
-    piece = content(8 << 20, 7)
-    with (tree / "large").open("wb") as large:
-        for number in range(LARGE_BYTES // len(piece)):
-            large.write(piece[number:] + piece[:number])
-    image = directory / "image.squashfs"
-    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
-    command: list[str | Path] = [
-        "mksquashfs",
-        tree,
-        image,
-        "-comp",
-        "zstd",
-        "-no-fragments",
-        "-all-root",
-        "-no-progress",
-        "-quiet",
-    ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
-    shutil.rmtree(tree)
-    return image
+def build(source: str, directory: Path, *options: str) -> Path:
+    """Compile a C file of this directory."""
+    out = directory / Path(source).stem
+    subprocess.run(["gcc", "-O2", *options, "-o", out, HERE / source], check=True)
+    return out
 
 
-@contextlib.contextmanager
-def mounted(command: list[str | Path], point: Path) -> Iterator[Path]:
-    """Serve an image with a program that stays in the foreground, or with mount(8), which does not."""
-    server = subprocess.Popen([str(word) for word in command], stderr=subprocess.DEVNULL)
-    try:
-        until(lambda: is_mounted(point), f"{command[0]} mounts")
-        yield point
-    finally:
-        subprocess.run(["umount", point], check=False)
-        server.wait(10)
-
-
-def walk(root: Path) -> list[Path]:
-    """Stat everything; return the small files, in random but reproducible order."""
-    found = []
-    for directory, _names, files in os.walk(root):
-        for name in files:
-            path = Path(directory, name)
-            if path.stat().st_size == SMALL_BYTES:
-                found.append(path)
-    random.Random(1).shuffle(found)
+def chosen_groups(words: str | None) -> list[str]:
+    """Return the groups that ``--rows`` means. Raises `SystemExit` when a word means none."""
+    if words is None:
+        return list(GROUPS)
+    found: list[str] = []
+    for word in filter(None, (word.strip() for word in words.split(","))):
+        exact = [word] if word in GROUPS else []
+        names = exact or [name for name, (_, rows) in GROUPS.items() if any(word in row for row in rows)]
+        if not names:
+            raise SystemExit(f"bench: no row has {word!r} in its name; groups: {' '.join(GROUPS)}")
+        found += [name for name in names if name not in found]
     return found
 
 
-def read_small(paths: list[Path]) -> None:
-    """Open, read and close each."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.read(descriptor, SMALL_BYTES)
-        os.close(descriptor)
-
-
-def read_in_threads(paths: list[Path], readers: int) -> None:
-    """The same with several readers."""
-    with ThreadPoolExecutor(readers) as pool:
-        list(pool.map(read_small, (paths[number::readers] for number in range(readers))))
-
-
-def read_large(root: Path) -> None:
-    """Read the large file from begin to end."""
-    with (root / "large").open("rb", buffering=0) as file:
-        while file.read(READ_BYTES):
-            pass
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Return how long it took."""
-    began_s = time.perf_counter()
-    work()
-    return time.perf_counter() - began_s
-
-
-def measure(serve: Callable[[], contextlib.AbstractContextManager[Path]]) -> dict[str, float]:
-    """Return the figures of one round of one server."""
-    figures = {}
-    with serve() as root:
-        files: list[Path] = []
-        figures["cold walk with stat, us a file"] = (
-            seconds(lambda: files.extend(walk(root))) * 1e6 / (DIRECTORIES * FILES_EACH)
+def about(image: Path, contents: environment.Contents, rounds: int) -> dict[str, Any]:
+    """Return what a reader of the figures has to know of the machine and the image."""
+    facts: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "rounds": rounds,
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "image": f"{image.stat().st_size / 1e6:.0f} MB, {contents.size_bytes / 1e6:.0f} MB unpacked, "
+        f"{len(contents.files)} files, {contents.inodes} inodes",
+    }
+    with suppress(OSError):
+        config = gzip.decompress(Path("/proc/config.gz").read_bytes()).decode()
+        wanted = ("CONFIG_SQUASHFS_DECOMP_", "CONFIG_SQUASHFS_FRAGMENT_CACHE_SIZE")
+        facts["kernel squashfs"] = " ".join(
+            line.removeprefix("CONFIG_SQUASHFS_") for line in config.splitlines() if line.startswith(wanted)
         )
-        half = len(files) // 2
-        figures["cold small files, 1 reader, us"] = seconds(lambda: read_small(files[:half])) * 1e6 / half
-        figures["cold small files, 8 readers, us"] = (
-            seconds(lambda: read_in_threads(files[half:], 8)) * 1e6 / half
-        )
-        figures["warm open+read small file, us"] = seconds(lambda: read_small(files)) * 1e6 / len(files)
-        figures["cold large file, s/GB"] = seconds(lambda: read_large(root)) * 1e9 / LARGE_BYTES
-    return figures
+    return facts
 
 
-def start_up(image: Path) -> float:
-    """Return the milliseconds of `uenvctl run FILE true`, no daemon involved."""
-    command: list[str | Path] = [PROGRAMS / "uenvctl", "run", f"{image}:/mnt", "--", "true"]
-    return seconds(lambda: subprocess.run(command, check=True, stdin=subprocess.DEVNULL)) * 1e3
+def dropped() -> int:
+    """Return how often anybody has emptied the machine's caches through ``drop_caches``."""
+    lines = Path("/proc/vmstat").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("drop_pagecache", "drop_slab")))
+
+
+def start_up(image: Path) -> list[float]:
+    """Return the milliseconds of `uenvctl run FILE true`, no daemon involved, of several runs."""
+    command = [PROGRAM.with_name("uenvctl"), "run", f"{image}:/mnt", "--", "true"]
+    took_ms = []
+    for _ in range(UENVCTL_RUNS):
+        began_s = time.perf_counter()
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+        took_ms.append((time.perf_counter() - began_s) * 1e3)
+    return took_ms
+
+
+def measure(bench: Bench, image: Path, groups: list[str], servers: list[str], rounds: int) -> report.Results:
+    """Run everything; within a round each group goes over all servers, in an order that turns from round to round."""
+    results: report.Results = {name: {} for name in servers}
+    for number in range(rounds):
+        for group in groups:
+            turn = number % len(servers)
+            for name in servers[turn:] + servers[:turn]:
+                with mounted(SERVERS[name], image) as mount:
+                    figures = GROUPS[group][0](bench, mount)
+                for row, value in figures.items():
+                    results[name].setdefault(row, []).append(value)
+        print(f"bench: round {number + 1} of {rounds}", file=sys.stderr)
+    return results
 
 
 def main() -> int:
-    """Return the exit status."""
+    """Return the exit status: 0 also when a limit is missed, which is said."""
     parser = argparse.ArgumentParser(description="Measure how fast an image is served.")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", help="groups or parts of row names, by commas")
+    parser.add_argument("--servers", help=f"by commas, of: {' '.join(SERVERS)}")
+    parser.add_argument(
+        "--image", type=Path, help="another image; rows for which it has nothing are left out"
+    )
+    parser.add_argument("--no-fragments", action="store_true", help="the image as uenvd-publish makes it")
+    parser.add_argument(
+        "--out", type=Path, help=f"where to write (default {RESULTS.relative_to(HERE.parents[1])})"
+    )
+    parser.add_argument(
+        "--uid", type=int, default=0, help="who walks and reads (imports and compiles are root's)"
+    )
+    parser.add_argument("--spread", action="store_true", help="also print lowest and highest figures")
     options = parser.parse_args()
     if os.geteuid() != 0:
         print("bench: mounting needs root", file=sys.stderr)
         return 1
-    with tempfile.TemporaryDirectory(prefix="uenvd-bench-", dir="/var/tmp") as name:
-        directory = Path(name)
-        image = make_image(directory)
-        point = directory / "mnt"
-        point.mkdir()
-        commands: dict[str, list[str | Path]] = {
-            "uenvd-fs": [PROGRAMS / "uenvd-fs", image, point, "-f"],
-            "squashfuse_ll": ["squashfuse_ll", "-f", image, point],
-            "kernel": ["mount", "-t", "squashfs", "-o", "loop,ro", image, point],
-        }
-        results: dict[str, list[dict[str, float]]] = {server: [] for server in commands}
-        for _ in range(options.rounds):
-            for server, command in commands.items():
-                results[server].append(measure(lambda command=command: mounted(command, point)))  # type: ignore[misc]
-        print(
-            f"{image.stat().st_size / 1e6:.0f} MB image, {options.rounds} rounds, medians; smaller is better\n"
-        )
-        print(f"{'':34}" + "".join(f"{server:>16}" for server in commands))
-        for figure in results["uenvd-fs"][0]:
-            medians = (statistics.median(one[figure] for one in rounds) for rounds in results.values())
-            print(f"{figure:34}" + "".join(f"{median:16.2f}" for median in medians))
-        runs = [start_up(image) for _ in range(UENVCTL_RUNS)]
-        print(f"{'uenvctl run FILE true, ms':34}{statistics.median(runs):16.1f}")
+    groups = chosen_groups(options.rows)
+    names = options.servers.split(",") if options.servers else list(SERVERS)
+    if unknown := [name for name in names if name not in SERVERS]:
+        raise SystemExit(f"bench: no server {unknown[0]!r}; there are: {' '.join(SERVERS)}")
+    there = {name: SERVERS[name].missing() for name in names}
+    present = [name for name, why in there.items() if why is None]
+    image = options.image or environment.build_image(("-no-fragments",) if options.no_fragments else ())
+    with tempfile.TemporaryDirectory(prefix="uenvd-bench-", dir="/var/tmp") as scratch:
+        directory = Path(scratch)
+        with mounted(SERVERS["kernel"], image) as mount:
+            contents = environment.survey(mount.root)
+        forget(image)
+        if share := cached_share(image):
+            print(f"bench: {share:.0%} of the image cannot be dropped from the page cache", file=sys.stderr)
+        groups = [group for group in groups if possible(group, contents)]
+        no_isatty = build("no_isatty.c", directory, "-shared", "-fPIC")
+        bench = Bench(contents, build("probe.c", directory), no_isatty, directory, options.uid)
+        directory.chmod(0o755)
+        dropped_before = dropped()
+        results = measure(bench, image, groups, present, options.rounds)
+        if dropped() != dropped_before:
+            print(
+                "bench: somebody emptied the machine's caches meanwhile; warm rows are void", file=sys.stderr
+            )
+        facts = about(image, contents, options.rounds)
+        print(report.table(results, there))
+        if options.spread:
+            print(report.spread(results))
+        for verdict in report.verdicts(results):
+            print(verdict)
+        if options.out or not (options.rows or options.servers or options.image):
+            facts["uenvctl run FILE true, ms"] = round(statistics.median(start_up(image)), 1)
+            report.write(options.out or RESULTS, results, facts, there)
     return 0
 
 

@@ -25,7 +25,7 @@ from support.minidaemon import mini_daemon
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="test images hold devices and other users' files")
 
-TRANSPORTS = ("pyfuse3",)
+TRANSPORTS = ("pyfuse3", "channel")
 
 Serve = Callable[..., AbstractContextManager[Path]]
 

@@ -1,6 +1,6 @@
 """Many short-lived ``uenvd-fs`` processes without paying Python's start for each: ``python forkedfs.py FD``, a server that forks.
 
-A datagram ``[image, mountpoint]`` is answered with the pid of a child that serves it as ``uenvd-fs IMAGE MOUNTPOINT -f`` does; ``pid`` with
+A datagram ``[image, mountpoint, ...]`` is answered with the pid of a child that serves it as ``uenvd-fs IMAGE MOUNTPOINT -f`` does; ``pid`` with
 its exit status as waitpid gives it, or null while it runs.
 """
 
@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+if __name__ != "__main__":  # the forking server needs nothing of this
+    from support.fusetools import until
+    from uenvd.mounts import umount
 
 
 def _serve(channel: socket.socket) -> None:
@@ -34,6 +39,17 @@ def _serve(channel: socket.socket) -> None:
         channel.send(json.dumps(answer).encode())
 
 
+def held_elsewhere(device: int) -> bool:
+    """Tell whether a mount of this device number is in any process's mount namespace."""
+    wanted = f" {os.major(device)}:{os.minor(device)} "
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal():
+            with suppress(OSError):
+                if wanted in (process / "mountinfo").read_text(errors="replace"):
+                    return True
+    return False
+
+
 class ForkedFs:
     """The test's side."""
 
@@ -44,10 +60,49 @@ class ForkedFs:
         self._channel.send(json.dumps(request).encode())
         return json.loads(self._channel.recv(65536))
 
-    def start(self, image: Path, mountpoint: Path) -> int:
-        """Serve an image; return the pid of the server."""
-        pid: int = self._ask([str(image), str(mountpoint)])
+    def start(self, image: Path, mountpoint: Path, *words: str) -> int:
+        """Serve an image, with more words for the command line; return the pid of the server."""
+        pid: int = self._ask([str(image), str(mountpoint), *words])
         return pid
+
+    def end(self, pid: int, mountpoint: Path) -> None:
+        """Unmount and wait until the server has ended by itself, status 0.
+
+        A process that took a copy of the mounts into a namespace of its own meanwhile, as tests beside this one do, keeps the server
+        alive: then it is killed, and that is nobody's fault. AssertionError when it does not end, or not well.
+        """
+        device = mountpoint.stat().st_dev
+        umount(mountpoint)
+        status: list[int] = []
+
+        def ended() -> bool:
+            found = self.status(pid)
+            status.extend([] if found is None else [found])
+            return bool(status)
+
+        with suppress(AssertionError):
+            until(ended, "the end of the server", 2.0)
+        if not status and held_elsewhere(device):
+            os.kill(pid, signal.SIGKILL)
+            until(ended, "the death of the server", 30.0)
+            return
+        until(lambda: status or ended(), "the end of the server", 30.0)
+        assert status == [0], f"the server ended with {status[0]}"
+
+    @contextmanager
+    def mounted(self, image: Path, mountpoint: Path, *words: str) -> Iterator[int]:
+        """Serve an image as long as the block runs; yield the pid of the server. AssertionError when it does not mount."""
+        device = mountpoint.stat().st_dev
+        pid = self.start(image, mountpoint, *words)
+        try:
+            until(
+                lambda: mountpoint.stat().st_dev != device or self.status(pid) is not None, "the mount", 30.0
+            )
+            assert mountpoint.stat().st_dev != device, "uenvd-fs ended"
+            yield pid
+        finally:
+            if mountpoint.stat().st_dev != device:
+                self.end(pid, mountpoint)
 
     def status(self, pid: int) -> int | None:
         """Return how a server ended, as waitpid tells it; None while it runs."""

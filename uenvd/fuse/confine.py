@@ -19,7 +19,7 @@ from pathlib import Path
 
 from uenvd import mounts
 from uenvd.errors import MountFailed, WorkerFailed
-from uenvd.fuse.seccomp import restrict
+from uenvd.fuse.seccomp import Policy, restrict
 
 _PR_SET_DUMPABLE = 4
 _PR_CAPBSET_DROP = 24
@@ -64,12 +64,13 @@ def confine(
     groups: tuple[int, ...] = (),
     keep: frozenset[int] = frozenset(),
     cache_bytes: int = 0,
+    policy: Policy | None = Policy.SESSION,
 ) -> None:
     """Confine the calling process, which must have one thread only.
 
     Afterwards it is in the given mount namespace, has the given identity, no capability and no way to get one, no controlling terminal,
     ignores the signals that end jobs (its end is that of its mount), cannot be traced by others of its uid, and has no descriptors but
-    0, 1, 2 and ``keep``. Where there is libseccomp it can make no system call that `uenvd.fuse.seccomp` refuses; else the log says so.
+    0, 1, 2 and ``keep``. Where there is libseccomp it can make only the system calls that `uenvd.fuse.seccomp` allows; else the log says so.
 
     Args:
         mount_namespace_fd: the namespace to enter; None to stay.
@@ -78,6 +79,7 @@ def confine(
         groups: supplementary groups, with ``uid``.
         keep: descriptors to keep open.
         cache_bytes: what the address space limit has to leave room for.
+        policy: which system calls it may make; None leaves that to a later `restrict`.
 
     Raises:
         WorkerFailed: a step failed; the process is in no state to go on.
@@ -112,8 +114,9 @@ def confine(
         _drop_capabilities()
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)
         _prctl(_PR_SET_DUMPABLE, 0)
-        step = "restricting system calls"
-        restrict()  # where it cannot be, the rest holds
+        if policy is not None:
+            step = "restricting system calls"
+            restrict(policy)  # where it cannot be, the rest holds
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise WorkerFailed(f"the worker could not be confined, {step}: {reason}") from error

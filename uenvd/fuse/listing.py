@@ -1,7 +1,7 @@
 """Directory listings that a reader fetches in many small pieces, in bounded memory and without starting over for each piece.
 
 A directory of ordinary size is kept as a whole. Of a huge one only the place is kept where a reader stopped: the reader that comes with
-exactly this offset goes on there, any other starts at the front and skips.
+exactly this offset goes on there, any other at the next place before it, or at the front.
 """
 
 from __future__ import annotations
@@ -39,14 +39,20 @@ class _Cursor:
             self._pending = None
             self.index += 1
 
+    def skip_to(self, index: int) -> None:
+        """Go on to the entry of this index, or to the end."""
+        for at, _entry in self.numbered():
+            if at == index:
+                return
+
 
 class Listings:
     """The listings of one image. For one thread at a time."""
 
     def __init__(self, image: Image) -> None:
         self._image = image
-        self._whole: OrderedDict[int, tuple[DirEntry, ...]] = OrderedDict()
-        self._whole_bytes: dict[int, int] = {}
+        self._whole: OrderedDict[int, tuple[tuple[DirEntry, ...], int]] = OrderedDict()
+        self._whole_bytes = 0
         self._cursors: OrderedDict[tuple[int, int], _Cursor] = OrderedDict()
 
     @contextmanager
@@ -58,9 +64,7 @@ class Listings:
                 for i, entry in enumerate(islice(self._listing(ino, directory), start, None))
             )
             return
-        cursor = self._cursors.pop((ino, start), None)
-        if cursor is None:
-            cursor = _Cursor(islice(self._image.entries(directory), start, None), start)
+        cursor = self._cursor(ino, directory, start)
         intact = True
         try:
             yield cursor.numbered()
@@ -73,15 +77,27 @@ class Listings:
                 if len(self._cursors) > _CURSORS:
                     self._cursors.popitem(last=False)
 
+    def _cursor(self, ino: int, directory: Inode, start: int) -> _Cursor:
+        """Return a cursor at ``start``: a kept one that is there, or the last one before.
+
+        Workers take turns at one reader, so each of them finds its own cursor behind by what the others have answered.
+        """
+        places = [index for number, index in self._cursors if number == ino and index <= start]
+        if not places:
+            return _Cursor(islice(self._image.entries(directory), start, None), start)
+        cursor = self._cursors.pop((ino, max(places)))
+        cursor.skip_to(start)
+        return cursor
+
     def _listing(self, ino: int, directory: Inode) -> tuple[DirEntry, ...]:
-        listing = self._whole.get(ino)
-        if listing is not None:
+        known = self._whole.get(ino)
+        if known is not None:
             self._whole.move_to_end(ino)
-            return listing
+            return known[0]
         listing = tuple(self._image.entries(directory))
-        self._whole[ino] = listing
-        self._whole_bytes[ino] = directory.size_bytes
-        while sum(self._whole_bytes.values()) > _WHOLE_TOTAL_BYTES and len(self._whole) > 1:
-            old, _ = self._whole.popitem(last=False)
-            del self._whole_bytes[old]
+        self._whole[ino] = listing, directory.size_bytes
+        self._whole_bytes += directory.size_bytes
+        while self._whole_bytes > _WHOLE_TOTAL_BYTES and len(self._whole) > 1:
+            _ino, (_listing, size_bytes) = self._whole.popitem(last=False)
+            self._whole_bytes -= size_bytes
         return listing

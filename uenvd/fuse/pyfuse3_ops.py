@@ -24,7 +24,8 @@ import pyfuse3
 import trio
 
 from uenvd.fuse.faults import Faults
-from uenvd.fuse.tree import NAME_MAX_BYTES, Attributes, Part, Tree
+from uenvd.fuse.protocol.reply import Attributes
+from uenvd.fuse.tree import NAME_MAX_BYTES, Part, Tree
 from uenvd.squashfs import Block, Span
 
 _FOREVER_S = 10 * 365 * 86400

@@ -15,11 +15,14 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from uenvd import __version__
+from uenvd import __version__, mounts
 from uenvd.errors import InternalError, MountPointError, ResourceMissing, UenvError, UsageError, WorkerFailed
-from uenvd.fuse import worker
+from uenvd.fuse import crew, worker
+from uenvd.fuse.confine import capability_sets
 from uenvd.fuse.faults import Faults
+from uenvd.fuse.opening import open_image, open_tree
 from uenvd.fuse.pyfuse3_ops import Operations, serve
+from uenvd.fuse.shared import SharedBlocks
 from uenvd.mounts import FUSE_SUBTYPE
 
 USAGE = """\
@@ -31,6 +34,8 @@ Serve a squashfs image at a directory. Ends when it is unmounted: fusermount3 -u
   -o OPTION     allow_other    other users may enter, as the permission bits say
                 offset=BYTES   where in the file the image begins
                 cache=MIB      bound of decoded blocks kept in memory (default 64)
+                transport=channel|pyfuse3    how to speak with the kernel (default: channel where one may mount)
+                workers=N      processes that serve (channel only; default: one a core, at most 2)
                 dev, suid      device nodes and setuid bits take effect (root only)
                 nodev, nosuid, exec, noexec, fsname=NAME    as for mount(8)
                 ro, default_permissions    always so
@@ -38,6 +43,8 @@ Serve a squashfs image at a directory. Ends when it is unmounted: fusermount3 -u
   -V, --version
 """
 
+MAX_WORKERS = 64
+_CAP_SYS_ADMIN = 21
 _FLAGS = frozenset({"allow_other", "dev", "nodev", "suid", "nosuid", "exec", "noexec"})
 _IMPLIED = frozenset({"ro", "default_permissions"})
 
@@ -52,6 +59,9 @@ class Command:
     offset_bytes: int = 0
     cache_bytes: int = 64 << 20
     fsname: str | None = None
+    transport: str = "auto"
+    workers: int = 0
+    """0: one a core, at most 2."""
     flags: set[str] = field(default_factory=set)
 
 
@@ -96,6 +106,10 @@ def _apply(command: Command, option: str) -> None:
             command.offset_bytes = int(value)
         else:
             command.cache_bytes = int(value) << 20
+    elif key == "transport" and value in ("auto", "channel", "pyfuse3"):
+        command.transport = value
+    elif key == "workers" and value in map(str, range(1, MAX_WORKERS + 1)):
+        command.workers = int(value)
     elif key == "fsname" and value:
         command.fsname = value
     elif equals or key not in _IMPLIED:
@@ -143,9 +157,53 @@ def run(arguments: list[str]) -> int:
 
 def _mount(command: Command) -> int:
     _check_mountpoint(command.mountpoint)
+    image = open_image(command.image)
+    if command.transport == "channel" or (command.transport == "auto" and _may_mount()):
+        return _serve_channel(command, image)
     _check_fuse()
-    image = worker.open_image(command.image)
-    tree = worker.open_tree(
+    return _serve_pyfuse3(command, image)
+
+
+def _may_mount() -> bool:
+    """Tell whether this process has CAP_SYS_ADMIN."""
+    return bool(capability_sets()[0] >> _CAP_SYS_ADMIN & 1)
+
+
+def _attributes(flags: set[str]) -> int:
+    """Return the MOUNT_ATTR_* bits for mount options."""
+    bits = mounts.MOUNT_ATTR_RDONLY
+    bits |= 0 if "suid" in flags else mounts.MOUNT_ATTR_NOSUID
+    bits |= 0 if "dev" in flags else mounts.MOUNT_ATTR_NODEV
+    return bits | (mounts.MOUNT_ATTR_NOEXEC if "noexec" in flags else 0)
+
+
+def _serve_channel(command: Command, image: int) -> int:
+    tree = open_tree(
+        image,
+        command.image,
+        mask_privileged=False,
+        cache_bytes=command.cache_bytes,
+        offset_bytes=command.offset_bytes,
+        shared=SharedBlocks.create(command.cache_bytes // 2),
+    )
+    plan = crew.Plan(
+        mountpoint=os.path.abspath(command.mountpoint),  # noqa: PTH100 - the directory is left
+        source=command.fsname or os.path.abspath(command.image),  # noqa: PTH100 - what was typed, links and all
+        workers=command.workers or min(2, len(os.sched_getaffinity(0))),
+        attributes=_attributes(command.flags),
+        allow_other="allow_other" in command.flags,
+    )
+    fuse_fd, negotiated = crew.mount(plan)
+    if not command.foreground:
+        if os.fork() != 0:
+            os._exit(0)
+        _detach()
+    crew.Crew(plan, tree, fuse_fd, negotiated).serve()
+    return 0
+
+
+def _serve_pyfuse3(command: Command, image: int) -> int:
+    tree = open_tree(
         image,
         command.image,
         mask_privileged=False,

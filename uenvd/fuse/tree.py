@@ -10,15 +10,20 @@ Metadata functions are for one thread at a time and read the image file where it
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import stat
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 from uenvd.errors import FormatError
 from uenvd.fuse.blocks import BlockCache
 from uenvd.fuse.listing import Listings
-from uenvd.squashfs import Block, Image, Inode, InodeRef, Kind, Span
+from uenvd.fuse.protocol.reply import Attributes
+from uenvd.fuse.protocol.source import Source
+from uenvd.fuse.shared import SharedBlocks
+from uenvd.fuse.source import FileSource
+from uenvd.squashfs import Block, Facts, Image, Inode, InodeRef, Kind, Span
 
 ROOT_INO = 1
 _INO_OFFSET = 2  # references begin at 0, inode numbers other than the root's at 2
@@ -26,6 +31,10 @@ NAME_MAX_BYTES = 255
 INLINE_BYTES = 8192
 """A stored block up to this size is decoded where it is asked for: a thread costs more than the work."""
 _ZEROS = bytes(1 << 20)
+_UNPRIVILEGED = ~(stat.S_ISUID | stat.S_ISGID)
+_FORGOTTEN_BYTES = 16 << 10
+"""Of a stored block that a read used whole: the kernel need not keep it beside the decoded one. A smaller one shares its pages with others."""
+_new_attributes = functools.partial(tuple.__new__, Attributes)
 
 _TYPE_BITS = {
     Kind.DIRECTORY: stat.S_IFDIR,
@@ -40,20 +49,6 @@ _TYPE_BITS = {
 Part = bytes | memoryview
 
 
-class Attributes(NamedTuple):
-    """What stat(2) tells. ``mode`` with the type bits; times are ``mtime_s`` all three; ``blocks`` in units of 512 bytes."""
-
-    ino: int
-    mode: int
-    nlink: int
-    uid: int
-    gid: int
-    rdev: int
-    size_bytes: int
-    mtime_s: int
-    blocks: int
-
-
 class Listed(NamedTuple):
     """One entry of a listing; ``next_offset`` continues behind it and stays valid for good."""
 
@@ -62,14 +57,19 @@ class Listed(NamedTuple):
     next_offset: int
 
 
+_new_listed = functools.partial(tuple.__new__, Listed)
+
+
 class Tree:
     """The tree of one image file.
 
     Args:
-        image_fd: the image, open for reading; stays the caller's. Only `os.pread` is used on it.
+        image_fd: the image, open for reading; stays the caller's.
         mask_privileged: show no device numbers, setuid or setgid bits and no ``security.*`` attributes (file capabilities).
         cache_bytes: bound of the decoded blocks kept.
         offset_bytes: where in the file the image begins.
+        source: where its bytes come from when the file is not complete yet.
+        shared: decoded blocks that all workers of the image share.
 
     Raises:
         FormatError: not a squashfs image that can be served.
@@ -84,18 +84,26 @@ class Tree:
         mask_privileged: bool = True,
         cache_bytes: int = 64 << 20,
         offset_bytes: int = 0,
+        source: Source | None = None,
+        shared: SharedBlocks | None = None,
     ) -> None:
         self._fd = image_fd
         self._offset_bytes = offset_bytes
         self._mask_privileged = mask_privileged
-        size_bytes = os.fstat(image_fd).st_size - offset_bytes
-        self.image = Image(self._read_at, max(size_bytes, 0))
+        self.source: Source = FileSource(image_fd, offset_bytes) if source is None else source
+        self.before_work: Callable[[], None] = _nothing
+        """Called before the image file is read, and so before anything that may take a while."""
+        self.shared = shared
+        self.image = Image(self._read_at, self.source.size_bytes())
         self.block_size_bytes = self.image.superblock.block_size_bytes
         self.blocks = BlockCache(cache_bytes)
+        if shared is not None:
+            shared.attach(self.block_size_bytes)
         self._listings = Listings(self.image)
 
     def _read_at(self, pos_bytes: int, size_bytes: int) -> bytes:
-        return os.pread(self._fd, size_bytes, self._offset_bytes + pos_bytes)
+        self.before_work()
+        return self.source.read(pos_bytes, size_bytes)
 
     # -- metadata: one thread at a time
 
@@ -105,52 +113,64 @@ class Tree:
 
     def inode(self, ino: int) -> Inode:
         """Return the inode of a number that this class has given out."""
-        if ino < ROOT_INO:
+        return self.image.inode(self.ref_of(ino))
+
+    def ref_of(self, ino: int) -> InodeRef:
+        """Return the reference for an inode number. Raises `OSError` (ESTALE) for numbers that are none."""
+        if ino <= ROOT_INO:
+            if ino == ROOT_INO:
+                return self.image.root
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return self.image.inode(self.image.root if ino == ROOT_INO else InodeRef(ino - _INO_OFFSET))
+        return InodeRef(ino - _INO_OFFSET)
 
     def attributes(self, ino: int) -> Attributes:
         """Return the attributes of an inode."""
-        return self._attributes(ino, self.inode(ino))
+        return self.shown(ino, self.image.facts(self.ref_of(ino)))
 
-    def _attributes(self, ino: int, inode: Inode) -> Attributes:
-        mode, rdev = inode.mode, inode.rdev
+    def shown(self, ino: int, facts: Facts) -> Attributes:
+        """Return what is shown of the facts of an inode."""
+        kind, _number, mode, nlink, uid, gid, rdev, size_bytes, mtime_s = facts
         if self._mask_privileged:
-            mode &= ~(stat.S_ISUID | stat.S_ISGID)
+            mode &= _UNPRIVILEGED
             rdev = 0
-        size_bytes = inode.size_bytes
-        return Attributes(
-            ino,
-            mode | _TYPE_BITS[inode.kind],
-            inode.nlink,
-            inode.uid,
-            inode.gid,
-            rdev,
-            size_bytes,
-            inode.mtime_s,
-            (size_bytes + 511) >> 9,
+        return _new_attributes(
+            (
+                ino,
+                mode | _TYPE_BITS[kind],
+                nlink,
+                uid,
+                gid,
+                rdev,
+                size_bytes,
+                mtime_s,
+                (size_bytes + 511) >> 9,
+            )
         )
 
     def lookup(self, parent_ino: int, name: bytes) -> Attributes | None:
         """Return the attributes of an entry of a directory, None when it has no such entry."""
         if len(name) > NAME_MAX_BYTES:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        entry = self.image.lookup(self._directory(parent_ino), name)
-        return None if entry is None else self.attributes(self.ino_of(entry.ref))
+        entry = self.image.find_entry(self._directory(parent_ino), name)
+        return None if entry is None else self.shown(self.ino_of(entry.ref), self.image.entry_facts(entry))
 
     def listing(self, ino: int, offset: int) -> Generator[Listed, None, None]:
         """Yield the entries of a directory from an offset on: 0, or the ``next_offset`` of an entry. The first two are "." and ".."."""
         directory = self._directory(ino)
         if offset == 0:
-            yield Listed(b".", self._attributes(ino, directory), 1)
+            yield Listed(b".", self.attributes(ino), 1)
         if offset <= 1:
             parent = self.image.parent(directory) if ino != ROOT_INO else None
             number = ROOT_INO if parent is None else self.ino_of(parent)
-            yield Listed(b"..", self._attributes(number, directory), 2)
+            yield Listed(b"..", self.attributes(ino)._replace(ino=number), 2)
+        shown, entry_facts = (
+            self.shown,
+            self.image.entry_facts,
+        )  # a directory that holds the root is refused: none is number 1
         with self._listings.open(ino, directory, max(offset - 2, 0)) as entries:
             for index, entry in entries:
-                attributes = self._attributes(self.ino_of(entry.ref), self.image.child(entry))
-                yield Listed(entry.name, attributes, index + 3)
+                attributes = shown(entry.ref + _INO_OFFSET, entry_facts(entry))
+                yield _new_listed((entry.name, attributes, index + 3))
 
     def _directory(self, ino: int) -> Inode:
         inode = self.inode(ino)
@@ -179,6 +199,9 @@ class Tree:
 
     def plan(self, ino: int, offset_bytes: int, size_bytes: int) -> list[Span]:
         """Return which parts of which blocks make up a piece of a file; short or empty at its end."""
+        spans = self.image.spans_at(self.ref_of(ino), offset_bytes, size_bytes)
+        if spans is not None:
+            return spans
         inode = self.inode(ino)
         if inode.kind is not Kind.FILE:
             raise OSError(
@@ -222,6 +245,40 @@ class Tree:
             return data
         return _cut(self.blocks.load(block, self._decode, keep=lambda data: _worth_keeping(span, data)), span)
 
+    def shared_part(self, span: Span) -> Part:
+        """Return the bytes of a span as `part` does, through the blocks that all workers share. For one thread."""
+        block, start, stop = span
+        shared = self.shared
+        if shared is None or block.stored_bytes == 0 or _stored_as_is(span):
+            return self.part(span)
+        data = shared.get(block, start, stop)
+        if data is not None:
+            return data
+        with shared.decoding(block):
+            data = shared.get(block, start, stop)
+            if data is not None:
+                return data
+            data = self._decode(block)
+            if _worth_keeping(span, data):
+                shared.put(block, data)
+            elif block.stored_bytes >= _FORGOTTEN_BYTES:
+                self.source.done_with(block.pos_bytes, block.stored_bytes)
+        return _cut(data, span)
+
+    def has_ready(self, block: Block) -> bool:
+        """Tell whether a block lies decoded for all workers to find."""
+        return self.shared is not None and self.shared.has(block)
+
+    def decode_ahead(self, block: Block) -> None:
+        """Decode a block for whoever will want it."""
+        shared = self.shared
+        if shared is None or not block.compressed or shared.has(block) or not shared.begin_ahead(block):
+            return
+        try:
+            shared.put(block, self._decode(block))
+        finally:
+            shared.end_ahead(block)
+
     def _decode(self, block: Block) -> bytes:
         stored = self._read_at(block.pos_bytes, block.stored_bytes)
         if len(stored) != block.stored_bytes:
@@ -253,6 +310,10 @@ class Tree:
     def read(self, ino: int, offset_bytes: int, size_bytes: int) -> bytes:
         """Return a piece of a file, decoding in the calling thread."""
         return b"".join(self.part(span) for span in self.plan(ino, offset_bytes, size_bytes))
+
+
+def _nothing() -> None:
+    """What is done before work, by default."""
 
 
 def _stored_as_is(span: Span) -> bool:

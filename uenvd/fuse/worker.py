@@ -9,13 +9,11 @@ confines itself before it looks at the image, reports once, and serves until the
 
 from __future__ import annotations
 
-import errno
 import gc
 import importlib
 import logging
 import os
 import socket
-import stat
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -24,87 +22,23 @@ import pyfuse3
 import trio
 
 from uenvd import mounts
-from uenvd.errors import (
-    AccessDenied,
-    FormatError,
-    InternalError,
-    StorageError,
-    UenvError,
-    UsageError,
-    WorkerFailed,
-)
+from uenvd.errors import InternalError, StorageError, UenvError, WorkerFailed
 from uenvd.fuse.confine import acting_as, confine
 from uenvd.fuse.faults import Faults
+from uenvd.fuse.opening import DECOMPRESSORS, open_image, open_tree, read_meta
 from uenvd.fuse.pyfuse3_ops import Operations, serve
-from uenvd.fuse.tree import ROOT_INO, Tree
+from uenvd.fuse.seccomp import Policy, restrict
+from uenvd.fuse.tree import Tree
 from uenvd.handover import WorkerReport, WorkerSetup, receive_setup
-from uenvd.squashfs import Kind
-from uenvd.views import MAX_FILE_BYTES, ImageMeta, read_image_meta
 
 _log = logging.getLogger("uenvd-fs")
-_DECOMPRESSORS = ("zlib", "lzma", "zstandard", "lz4.block")
-"""Loaded on demand by `uenvd.squashfs`; while a worker waits for its image is a better time."""
-
-
-def open_image(path: str) -> int:
-    """Open an image file; return its descriptor. Raises `UsageError`, `AccessDenied`, `StorageError` with the reason."""
-    try:
-        # O_NONBLOCK: a FIFO must not hold us up; it means nothing for a regular file.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
-    except OSError as error:
-        message = f"cannot open {path}: {error.strerror}"
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
-            raise UsageError(message, hint="check the path of the image") from error
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise AccessDenied(
-                message, hint=f"it has to be readable for the user with uid {os.geteuid()}"
-            ) from error
-        raise StorageError(message) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UsageError(f"{path} is not a regular file", hint="give the path of a squashfs image")
-    return descriptor
-
-
-def open_tree(
-    image_fd: int, name: str, *, mask_privileged: bool, cache_bytes: int, offset_bytes: int = 0
-) -> Tree:
-    """Make the tree of an image. Raises `FormatError` or `StorageError` that names it."""
-    try:
-        tree = Tree(
-            image_fd, mask_privileged=mask_privileged, cache_bytes=cache_bytes, offset_bytes=offset_bytes
-        )
-        tree.prefetch_metadata()
-        if tree.inode(ROOT_INO).kind is not Kind.DIRECTORY:
-            raise FormatError("damaged squashfs image: its root is no directory")
-    except FormatError as error:
-        raise FormatError(f"{name}: {error.message}", hint=error.hint) from error
-    except OSError as error:
-        raise StorageError(f"cannot read {name}: {error.strerror}") from error
-    return tree
-
-
-def read_meta(tree: Tree, notes: list[str]) -> ImageMeta | None:
-    """Read the image's description of itself; damage in it costs the description, not the image, and is noted."""
-
-    def read_file(path: bytes) -> bytes | None:
-        inode = tree.image.find(path)
-        if inode is None or inode.kind is not Kind.FILE:
-            return None
-        if inode.size_bytes > MAX_FILE_BYTES:
-            notes.append(
-                f"{os.fsdecode(path)} in the image is too large to be read ({inode.size_bytes} bytes)"
-            )
-            return None
-        return tree.image.read_file(inode, MAX_FILE_BYTES)
-
-    return read_image_meta(read_file)
 
 
 def supervised(channel: socket.socket) -> int:
     """Wait for the setup, confine, report, serve. Returns the exit status."""
-    for module in _DECOMPRESSORS:
-        importlib.import_module(module)
+    for module in DECOMPRESSORS:
+        with suppress(ImportError):  # images that need it say so; the others do not
+            importlib.import_module(module)
     gc.collect()
     gc.freeze()
     if not channel.recv(1, socket.MSG_PEEK):
@@ -163,10 +97,12 @@ def _prepare(channel: socket.socket, setup: WorkerSetup, descriptors: dict[str, 
         groups=setup.groups,
         keep=frozenset({channel.fileno(), *descriptors.values()}),
         cache_bytes=setup.cache_bytes,
+        policy=None,
     )
     if image is None:
         assert path is not None
         image = open_image(path)
+    restrict(Policy.SESSION)  # from here on nothing is opened, and the image is looked at
     tree = open_tree(image, setup.name, mask_privileged=setup.mask_privileged, cache_bytes=setup.cache_bytes)
     return tree, setup.name
 

@@ -4,13 +4,14 @@ from uenvd.squashfs.base import InodeRef, ReadAt
 from uenvd.squashfs.data import Block, Span
 from uenvd.squashfs.directory import DirEntry
 from uenvd.squashfs.image import Image
-from uenvd.squashfs.inode import Inode, Kind
+from uenvd.squashfs.inode import Facts, Inode, Kind
 from uenvd.squashfs.superblock import Compressor, Superblock
 
 __all__ = [
     "Block",
     "Compressor",
     "DirEntry",
+    "Facts",
     "Image",
     "Inode",
     "InodeRef",

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 
 from uenvd.errors import FormatError
+from uenvd.squashfs import lzo
 from uenvd.squashfs.base import damaged
 from uenvd.squashfs.superblock import MAX_BLOCK_BYTES, METADATA_BLOCK_BYTES, Compressor
 
@@ -66,6 +67,66 @@ def _xz(dictionary_bytes: int) -> Inflate:
     return inflate
 
 
+_LZMA_HEADER = struct.Struct("<BIQ")
+_LZMA_SIZE_UNKNOWN = 0xFFFF_FFFF_FFFF_FFFF
+
+
+def _lzma() -> Inflate:
+    """LZMA of old: each block is a file of the ``.lzma`` format, whose header states the size. With or without end marker: both occur."""
+    import lzma
+
+    memory_limit_bytes = MAX_BLOCK_BYTES + _XZ_OVERHEAD_BYTES
+
+    def inflate(data: bytes, limit_bytes: int) -> bytes:
+        if len(data) < _LZMA_HEADER.size:
+            raise damaged("lzma: the header is cut off")
+        properties, dictionary_bytes, size_bytes = _LZMA_HEADER.unpack_from(data)
+        if size_bytes > limit_bytes:
+            raise _too_long(limit_bytes)
+        reason = "the stream does not end with its block"
+        # liblzma before 5.2.6 takes a marker only where no size is stated.
+        for stated_bytes in (size_bytes, _LZMA_SIZE_UNKNOWN):
+            header = _LZMA_HEADER.pack(properties, dictionary_bytes, stated_bytes)
+            try:
+                stream = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memory_limit_bytes)
+                out = stream.decompress(header + data[_LZMA_HEADER.size :], size_bytes + 1)
+            except (lzma.LZMAError, EOFError) as error:
+                reason = str(error)
+                continue
+            if stream.eof and not stream.unused_data and len(out) == size_bytes:
+                return out
+        raise damaged(f"lzma: {reason}")
+
+    return inflate
+
+
+_LZO_SLACK_BYTES = 8 << 20
+"""What a block may take beyond its limit before the library's output is thrown away. Blocks of 128 KiB hardly ever come near."""
+
+
+def _lzo() -> Inflate:
+    import lzallright
+
+    decompress = lzallright.LZOCompressor.decompress
+    error_class: type[Exception] = lzallright.LZOError
+
+    def inflate(data: bytes, limit_bytes: int) -> bytes:
+        # The library knows no limit.
+        if lzo.bound_bytes(data) > limit_bytes + _LZO_SLACK_BYTES and lzo.exceeds(data, limit_bytes):
+            raise _too_long(limit_bytes)
+        try:
+            out: bytes = decompress(data, limit_bytes)
+        except error_class as error:
+            # An error of bytes after the end holds the output, too.
+            reason = str(error.args[0]).rpartition(".")[2] if error.args else "error"
+            raise damaged(f"lzo: {reason}") from None
+        if len(out) > limit_bytes:
+            raise _too_long(limit_bytes)
+        return out
+
+    return inflate
+
+
 def _lz4() -> Inflate:
     import lz4.block
 
@@ -104,7 +165,8 @@ def _zstd() -> Inflate:
 
 def options_size_bytes(compressor: Compressor) -> int:
     """Return the size of the compressor options block without its header; 0 where there never is one."""
-    return {Compressor.GZIP: 8, Compressor.XZ: 8, Compressor.LZ4: 8, Compressor.ZSTD: 4}.get(compressor, 0)
+    sizes = {Compressor.GZIP: 8, Compressor.LZO: 8, Compressor.XZ: 8, Compressor.LZ4: 8, Compressor.ZSTD: 4}
+    return sizes.get(compressor, 0)
 
 
 def inflater(compressor: Compressor, block_size_bytes: int, options: bytes | None) -> Inflate:
@@ -114,9 +176,10 @@ def inflater(compressor: Compressor, block_size_bytes: int, options: bytes | Non
         compressor: from the superblock.
         block_size_bytes: of the image; bounds the dictionary of xz.
         options: the compressor options block of the image, `options_size_bytes` long, None when it has none. gzip: u32 level,
-            u16 window (8..15), u16 strategies. xz: u32 dictionary size, u32 filters. lz4: u32 version (1), u32 flags. zstd: u32 level.
+            u16 window (8..15), u16 strategies. lzo: u32 algorithm, u32 level. xz: u32 dictionary size, u32 filters. lz4: u32 version
+            (1), u32 flags. zstd: u32 level. lzma never has any.
 
-    Raises: `FormatError` when the compressor is not supported or its options are invalid.
+    Raises: `FormatError` when the options are invalid or their format is not supported.
     """
     match compressor:
         case Compressor.GZIP:
@@ -141,8 +204,7 @@ def inflater(compressor: Compressor, block_size_bytes: int, options: bytes | Non
             return _lz4()
         case Compressor.ZSTD:
             return _zstd()
-        case Compressor.LZO | Compressor.LZMA:
-            raise FormatError(
-                f"the image is compressed with {compressor.name.lower()}, which is not supported yet",
-                hint="build the image with: mksquashfs ... -comp zstd",
-            )
+        case Compressor.LZO:
+            return _lzo()
+        case Compressor.LZMA:
+            return _lzma()

@@ -9,9 +9,10 @@ The position of block i is the sum of all sizes before it. For long lists `Block
 
 from __future__ import annotations
 
+import functools
 import struct
 from array import array
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from uenvd.errors import FormatError
 from uenvd.squashfs.base import GenerationCache, damaged
@@ -29,8 +30,7 @@ MAX_LISTED_BLOCKS = 1 << 27
 the image's size hardly bounds the time to walk it; this does, to a few seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """One stored block of data; hashable, equal for all files that share it: a cache key."""
 
     pos_bytes: int
@@ -44,8 +44,10 @@ class Block:
     """False for compressed fragment blocks, whose decoded size is stored nowhere."""
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+_new_block = functools.partial(tuple.__new__, Block)
+
+
+class Span(NamedTuple):
     """One block that a read needs, and the slice of the decoded block that answers it."""
 
     block: Block
@@ -68,6 +70,32 @@ def listed_blocks(inode: Inode, block_size_bytes: int) -> int:
     if inode.fragment_index is not None:
         return inode.size_bytes // block_size_bytes
     return -(-inode.size_bytes // block_size_bytes)
+
+
+def short_list(
+    sizes: bytes, offset: int, count: int, pos: int, file_bytes: int, block_bytes: int, data_end: int
+) -> list[Block] | None:
+    """Return the first ``count`` blocks of a file of ``file_bytes``; their u32 sizes lie in ``sizes`` from ``offset`` on.
+
+    None where `BlockLists.blocks` would raise. ``pos`` is the position of the first block, ``data_end`` the end of the data area.
+    """
+    found: list[Block] = []
+    rest = file_bytes
+    for word in struct.unpack_from(f"<{count}I", sizes, offset):
+        decoded = min(block_bytes, rest)
+        rest -= decoded
+        if word == 0:
+            found.append(_new_block((0, 0, False, decoded, True)))
+            continue
+        stored = word & ~BLOCK_UNCOMPRESSED
+        compressed = stored == word
+        if not 0 < stored <= block_bytes or not (compressed or stored == decoded):
+            return None
+        if not SUPERBLOCK_BYTES <= pos <= data_end - stored:
+            return None
+        found.append(_new_block((pos, stored, compressed, decoded, True)))
+        pos += stored
+    return found
 
 
 class BlockLists:

@@ -20,10 +20,11 @@ or its own parent; a segment of more than `MAX_SEGMENT_ENTRIES` entries. Longer 
 
 from __future__ import annotations
 
+import functools
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from uenvd.errors import FormatError
 from uenvd.squashfs.base import GenerationCache, InodeRef, damaged
@@ -45,12 +46,8 @@ _ENTRY = struct.Struct("<HhHH")
 _INDEX = struct.Struct("<III")
 _SMALLEST_RUN_BYTES = _RUN.size + _ENTRY.size + 1
 
-_Entries = dict[bytes, tuple[int, int, int]]
-"""Name -> (inode reference, inode number, type number)."""
 
-
-@dataclass(frozen=True, slots=True)
-class DirEntry:
+class DirEntry(NamedTuple):
     """One name in a directory."""
 
     name: bytes
@@ -59,8 +56,11 @@ class DirEntry:
     kind: Kind
 
 
-@dataclass(frozen=True, slots=True)
-class _Segments:
+_new_entry = functools.partial(tuple.__new__, DirEntry)
+_Entries = dict[bytes, DirEntry]
+
+
+class _Segments(NamedTuple):
     """The segments of a listing: ``names[i]`` is the first name of segment i (b"" for the first), the rest where it begins."""
 
     names: list[bytes]
@@ -68,6 +68,9 @@ class _Segments:
     """Offset in the listing; one more than segments, the last is the size of the listing."""
     places: list[tuple[int, int]]
     """Metadata block relative to the table, offset in it."""
+
+
+_ONE_NAME = [b""]
 
 
 class Directories:
@@ -89,20 +92,15 @@ class Directories:
         """Yield the entries in the order of the listing, one segment decoded at a time. Raises `FormatError`."""
         segments = self._segments(directory)
         for i in range(len(segments.names)):
-            for name, (ref, number, kind) in self._segment(directory, segments, i).items():
-                yield DirEntry(name, InodeRef(ref), number, KINDS[kind - 1])
+            yield from self._segment(directory, segments, i).values()
 
     def lookup(self, directory: Inode, name: bytes) -> DirEntry | None:
         """Return the entry of this name; decodes at most one segment. Raises `FormatError`."""
         segments = self._segments(directory)
         if not segments.names:
             return None
-        i = bisect_right(segments.names, name) - 1
-        found = self._segment(directory, segments, max(i, 0)).get(name)
-        if found is None:
-            return None
-        ref, number, kind = found
-        return DirEntry(name, InodeRef(ref), number, KINDS[kind - 1])
+        i = bisect_right(segments.names, name) - 1 if len(segments.names) > 1 else 0
+        return self._segment(directory, segments, max(i, 0)).get(name)
 
     def _segments(self, directory: Inode) -> _Segments:
         if directory.kind is not Kind.DIRECTORY:
@@ -112,7 +110,7 @@ class Directories:
         if size <= 0:
             return _Segments([], [0], [])
         if not directory.index_count:
-            return _Segments([b""], [0, size], [place])
+            return _Segments(_ONE_NAME, [0, size], [place])
         cached = self._index_cache.get(directory.ref)
         if cached is None:
             cached = self._read_index(directory, size, place)
@@ -170,7 +168,7 @@ class Directories:
         entries: _Entries = {}
         size = len(raw)
         inodes_bytes = self._inodes.end - self._inodes.start
-        unpack_entry, entry_bytes = _ENTRY.unpack_from, _ENTRY.size
+        unpack_entry, entry_bytes, new_entry = _ENTRY.unpack_from, _ENTRY.size, _new_entry
         # The root has no parent in the image; writers put different numbers there.
         parent = directory.parent_number if directory.ref != self._root else 0
         at = seen = 0
@@ -209,5 +207,5 @@ class Directories:
                         f"directory {directory.ref:#x} contains itself or a directory above it, as {name!r}"
                     )
                 if name not in entries:
-                    entries[name] = (ref, number, kind)
+                    entries[name] = new_entry((name, ref, number, KINDS[kind - 1]))
         return entries

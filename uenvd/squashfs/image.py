@@ -18,15 +18,29 @@ from collections.abc import Iterator
 from uenvd.errors import FormatError, InternalError
 from uenvd.squashfs.base import GenerationCache, InodeRef, ReadAt, damaged, read_exactly
 from uenvd.squashfs.compression import inflater, options_size_bytes
-from uenvd.squashfs.data import Block, BlockLists, Span, listed_blocks
+from uenvd.squashfs.data import Block, BlockLists, Span, listed_blocks, short_list
 from uenvd.squashfs.directory import Directories, DirEntry
-from uenvd.squashfs.inode import Inode, Kind, parse
+from uenvd.squashfs.inode import (
+    BASIC_FILE_BYTES,
+    NO_FRAGMENT,
+    Facts,
+    Inode,
+    Kind,
+    basic_facts,
+    basic_file,
+    facts_of,
+    inode_bytes,
+    parse,
+)
 from uenvd.squashfs.metadata import HEADER_BYTES, STORED_UNCOMPRESSED, Cursor, MetadataStore, Region
 from uenvd.squashfs.superblock import SUPERBLOCK_BYTES, Superblock
 from uenvd.squashfs.tables import BlockArray, exported, fragment, load_ids
 from uenvd.squashfs.xattr import XattrTable
 
 _CACHED_INODES = 8192
+_CACHED_FRAGMENTS = 256
+_SHORT_LIST = 64
+"""Blocks of a file for which the way of `Image.spans_at` is the shorter one."""
 _READ_FILE_STEP_BLOCKS = 64
 
 
@@ -55,6 +69,9 @@ class Image:
         self._lists = BlockLists(
             self._store, self._inode_region, block.block_size_bytes, block.inode_table_pos
         )
+        self._recent: tuple[int, bytes] = (-1, b"")
+        self._fragments: GenerationCache[int, Block] = GenerationCache(_CACHED_FRAGMENTS)
+        self._fragment_indices: GenerationCache[int, int] = GenerationCache(_CACHED_FRAGMENTS)
         self._inodes: GenerationCache[InodeRef, Inode] = GenerationCache(_CACHED_INODES)
 
     def inode(self, ref: InodeRef) -> Inode:
@@ -67,14 +84,36 @@ class Image:
             self._inodes.put(ref, found)
         return found
 
-    def lookup(self, directory: Inode, name: bytes) -> DirEntry | None:
+    def facts(self, ref: InodeRef) -> Facts:
+        """Return what stat(2) tells of an inode: the same as `inode` for a fraction of its time. Raises `FormatError`."""
+        where, data = self._recent
+        if ref >> 16 != where:
+            where = ref >> 16
+            if not 0 <= where < self._inode_region.end - self._inode_region.start:
+                raise damaged(f"inode {ref:#x} lies outside of the inode table")
+            data, _next = self._store.block(self._inode_region, self._inode_region.start + where)
+            self._recent = where, data
+        return basic_facts(data, ref & 0xFFFF, self._ids) or facts_of(self.inode(ref))
+
+    def entry_facts(self, entry: DirEntry) -> Facts:
+        """Return `facts` of an entry. Raises `FormatError` as `child` does."""
+        facts = self.facts(entry.ref)
+        if facts[0] is not entry.kind or facts[1] != entry.inode_number:
+            self.child(entry)
+        return facts
+
+    def find_entry(self, directory: Inode, name: bytes) -> DirEntry | None:
         """Return the entry with this name, or None; reads one run of blocks, not the whole directory (`directory` has the rules).
 
-        The inode is decoded too: an entry that says another kind or number than its inode is refused. Raises `FormatError`.
+        The inode is not looked at: see `child`, `entry_facts`. Raises `FormatError`.
         """
+        return self._directories.lookup(directory, name)
+
+    def lookup(self, directory: Inode, name: bytes) -> DirEntry | None:
+        """Return the entry with this name, or None: `find_entry` that refuses one which says another kind or number than its inode."""
         entry = self._directories.lookup(directory, name)
         if entry is not None:
-            self.child(entry)
+            self.entry_facts(entry)
         return entry
 
     def child(self, entry: DirEntry) -> Inode:
@@ -161,6 +200,84 @@ class Image:
             )
         return found
 
+    def spans_at(self, ref: InodeRef, offset_bytes: int, size_bytes: int) -> list[Span] | None:
+        """Return `spans` of a small basic file, for a fraction of the time.
+
+        None for any other inode, and wherever `spans` would raise. ``offset_bytes`` and ``size_bytes`` are not negative.
+        """
+        where, data = self._recent
+        if ref >> 16 != where:
+            self.facts(ref)
+            where, data = self._recent
+        at = ref & 0xFFFF
+        if ref >> 16 != where or at + BASIC_FILE_BYTES > len(data):
+            return None
+        found = basic_file(data, at)
+        if found is None:
+            return None
+        data_pos, fragment_index, fragment_offset, file_bytes = found
+        end = min(offset_bytes + size_bytes, file_bytes)
+        if offset_bytes >= end:
+            return []
+        size = self.superblock.block_size_bytes
+        first, last = offset_bytes // size, (end - 1) // size
+        listed = file_bytes // size if fragment_index != NO_FRAGMENT else -(-file_bytes // size)
+        if listed > _SHORT_LIST or at + BASIC_FILE_BYTES + 4 * listed > len(data):
+            return None
+        spans: list[Span] = []
+        if first < listed:
+            blocks = short_list(
+                data,
+                at + BASIC_FILE_BYTES,
+                min(last + 1, listed),
+                data_pos,
+                file_bytes,
+                size,
+                self.superblock.inode_table_pos,
+            )
+            if blocks is None:
+                return None
+            for i in range(first, len(blocks)):
+                block = blocks[i]
+                base = i * size
+                spans.append(Span(block, max(0, offset_bytes - base), min(block.decoded_bytes, end - base)))
+        if last >= listed:
+            base = last * size
+            if fragment_offset + file_bytes - base > size:
+                return None
+            tail = self._fragment(fragment_index)
+            spans.append(
+                Span(tail, fragment_offset + max(0, offset_bytes - base), fragment_offset + end - base)
+            )
+        return spans
+
+    def files_after(self, ref: InodeRef, count: int) -> list[InodeRef]:
+        """Return the basic files, ``count`` at most, that follow a small basic file in the inode table: mostly its neighbours.
+
+        Writers put inodes in the order in which they find files, and the data in the same order. Ends early at the end of the metadata
+        block, and at whatever is no simple inode. Raises `FormatError`.
+        """
+        self.facts(ref)
+        where, data = self._recent
+        at = ref & 0xFFFF
+        size = self.superblock.block_size_bytes
+        found: list[InodeRef] = []
+        while where == ref >> 16 and len(found) < count and at + BASIC_FILE_BYTES <= len(data):
+            step = inode_bytes(data, at, size)
+            at += step
+            if step == 0 or at + BASIC_FILE_BYTES > len(data):
+                break
+            if basic_file(data, at) is not None:
+                found.append(InodeRef(where << 16 | at))
+        return found
+
+    def fragment_after(self, block: Block) -> Block | None:
+        """Return the fragment block that follows one which was seen lately; None when there is none, or the other is forgotten."""
+        index = self._fragment_indices.get(block.pos_bytes)
+        if index is None or index + 1 >= self.superblock.fragment_count:
+            return None
+        return self._fragment(index + 1)
+
     def decode(self, block: Block, stored: bytes) -> bytes:
         """Return the decoded block: ``block.decoded_bytes`` bytes, 1..that for a block that is not ``exact``.
 
@@ -234,11 +351,24 @@ class Image:
         return raw[HEADER_BYTES:]
 
     def _fragment_block(self, inode: Inode) -> Block:
-        table = self._fragment_table
-        if table is None or inode.fragment_index is None:
+        if inode.fragment_index is None:
             raise damaged(f"file {inode.ref:#x} has its tail in a fragment, but there are none")
+        return self._fragment(inode.fragment_index)
+
+    def _fragment(self, index: int) -> Block:
+        known = self._fragments.get(index)
+        if known is None:
+            known = self._load_fragment(index)
+            self._fragments.put(index, known)
+            self._fragment_indices.put(known.pos_bytes, index)
+        return known
+
+    def _load_fragment(self, index: int) -> Block:
+        table = self._fragment_table
+        if table is None:
+            raise damaged("a file has its tail in a fragment, but there are none")
         block = self.superblock
-        found = fragment(table, inode.fragment_index, block.block_size_bytes, block.inode_table_pos)
+        found = fragment(table, index, block.block_size_bytes, block.inode_table_pos)
         if found.compressed:
             return Block(found.pos, found.stored_bytes, True, block.block_size_bytes, exact=False)
         return Block(found.pos, found.stored_bytes, False, found.stored_bytes)

@@ -10,7 +10,7 @@ import enum
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from uenvd.squashfs.base import InodeRef, damaged
 from uenvd.squashfs.metadata import Cursor
@@ -39,8 +39,7 @@ KINDS: tuple[Kind, ...] = tuple(Kind)
 """By type number - 1."""
 
 
-@dataclass(frozen=True, slots=True)
-class Inode:
+class Inode(NamedTuple):
     """One decoded inode. The fields after ``xattr_index`` are for this package: where the inode's content lies."""
 
     ref: InodeRef
@@ -101,6 +100,70 @@ _U32 = struct.Struct("<I")
 def _device(encoded: int) -> int:
     """Decode a device number: 12 bits major at bit 8; minor in bits 0-7 and 20-31 (``new_decode_dev`` of Linux)."""
     return os.makedev(encoded >> 8 & 0xFFF, encoded & 0xFF | encoded >> 12 & 0xFFF00)
+
+
+Facts = tuple[Kind, int, int, int, int, int, int, int, int]
+"""Kind, inode number, mode, nlink, uid, gid, rdev, size in bytes, mtime in s: as in `Inode`."""
+
+_BASIC = struct.Struct("<HHHHIIIIII")
+"""The header, and as many bytes as the basic file and the basic directory have; a basic symbolic link has fewer, and something follows it."""
+
+
+BASIC_FILE_BYTES = _BASIC.size
+
+
+def basic_facts(block: bytes, offset: int, ids: Sequence[int]) -> Facts | None:
+    """Decode the facts of a basic file, directory or link that lies in one block.
+
+    None for every other inode, and for one that `parse` would refuse.
+    """
+    if offset + _BASIC.size > len(block):
+        return None
+    number_type, mode, uid, gid, mtime_s, inode_number, a, b, c, d = _BASIC.unpack_from(block, offset)
+    count = len(ids)
+    if inode_number == 0 or uid >= count or gid >= count:
+        return None
+    if number_type == 2:
+        return Kind.FILE, inode_number, mode & 0o7777, 1, ids[uid], ids[gid], 0, d, mtime_s
+    if number_type == 1:
+        return Kind.DIRECTORY, inode_number, mode & 0o7777, b, ids[uid], ids[gid], 0, c & 0xFFFF, mtime_s
+    if number_type == 3 and b <= MAX_SYMLINK_BYTES:
+        return Kind.SYMLINK, inode_number, mode & 0o7777, a, ids[uid], ids[gid], 0, b, mtime_s
+    return None
+
+
+def basic_file(block: bytes, offset: int) -> tuple[int, int, int, int] | None:
+    """Return data position, fragment (or `NO_FRAGMENT`), offset in it and size of the basic file at ``offset``; None if it is none.
+
+    The inode's `BASIC_FILE_BYTES` lie in ``block``; the sizes of its blocks follow. Owner and number are not looked at.
+    """
+    number_type, _mode, _uid, _gid, _mtime_s, _number, pos, fragment, start, size = _BASIC.unpack_from(
+        block, offset
+    )
+    return (pos, fragment, start, size) if number_type == 2 else None
+
+
+def inode_bytes(block: bytes, offset: int, block_size_bytes: int) -> int:
+    """Return how long a basic file, directory or link at ``offset`` is; 0 for every other inode. `BASIC_FILE_BYTES` lie in ``block``."""
+    number_type, _mode, _uid, _gid, _mtime_s, _number, _pos, b, _start, size = _BASIC.unpack_from(
+        block, offset
+    )
+    if number_type == 2:
+        listed: int = size // block_size_bytes if b != NO_FRAGMENT else -(-size // block_size_bytes)
+        return BASIC_FILE_BYTES + 4 * listed
+    if number_type == 1:
+        return BASIC_FILE_BYTES
+    if number_type == 3:
+        return _HEADER.size + _SYMLINK.size + int(b)
+    return 0
+
+
+def facts_of(inode: Inode) -> Facts:
+    """Return the facts of a decoded inode."""
+    # fmt: off
+    return (inode.kind, inode.inode_number, inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, inode.size_bytes,
+            inode.mtime_s)
+    # fmt: on
 
 
 def parse(cursor: Cursor, ref: InodeRef, ids: Sequence[int]) -> Inode:

@@ -17,8 +17,11 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="starts processes as r
 REPORT = """
 import json, os, resource, signal, sys
 from uenvd.fuse.confine import capability_sets, confine
+from uenvd.fuse.seccomp import Policy, restrict
 a, b = os.pipe()
-confine(**eval(sys.argv[1]))
+confine(policy=None, **eval(sys.argv[1]))
+caps, cwd = capability_sets(), os.getcwd()
+restrict(Policy.SUPERVISOR)  # the one under which /proc can be read
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 def attempt(function, *args):
     try: function(*args)
@@ -30,8 +33,8 @@ def is_open(fd):
     return True
 print(json.dumps({
     "ids": [os.getresuid(), os.getresgid(), os.getgroups()],
-    "caps": capability_sets(), "bounding": int(status["CapBnd"], 16), "ambient": int(status["CapAmb"], 16),
-    "nnp": status["NoNewPrivs"].strip(), "filter": status["Seccomp"].strip(), "cwd": os.getcwd(), "sid": os.getsid(0) == os.getpid(),
+    "caps": caps, "bounding": int(status["CapBnd"], 16), "ambient": int(status["CapAmb"], 16),
+    "nnp": status["NoNewPrivs"].strip(), "filter": status["Seccomp"].strip(), "cwd": cwd, "sid": os.getsid(0) == os.getpid(),
     "core": resource.getrlimit(resource.RLIMIT_CORE), "files": resource.getrlimit(resource.RLIMIT_NOFILE)[1],
     "space": resource.getrlimit(resource.RLIMIT_AS)[1],
     "ignored": [signal.getsignal(s) == signal.SIG_IGN for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)],

@@ -65,6 +65,16 @@ def test_pieces_make_the_whole(size_bytes: int) -> None:
     assert fake.decoded == 1000, "no piece started over"
 
 
+def test_workers_that_take_turns_at_a_huge_directory_read_it_once_each() -> None:
+    workers = [make(5000), make(5000)]
+    got: list[int] = []
+    while len(got) < 5000:
+        listings, _fake = workers[len(got) // 40 % 3 % 2]
+        got += piece(listings, 7, HUGE, len(got), 40)
+    assert got == list(range(5000))
+    assert [fake.decoded for _listings, fake in workers] <= [5000, 5000]
+
+
 def test_readers_of_a_huge_directory_do_not_disturb_each_other() -> None:
     listings, fake = make(500)
     for start in range(0, 500, 50):
@@ -90,7 +100,8 @@ def test_whole_listings_kept_are_bounded() -> None:
     listings, _fake = make(3)
     for ino in range(100):
         piece(listings, ino, 200_000, 0, 3)
-    assert len(listings._whole) == len(listings._whole_bytes) <= 6
+    assert len(listings._whole) <= 6
+    assert listings._whole_bytes == 200_000 * len(listings._whole)
 
 
 @pytest.mark.parametrize("size_bytes", [1000, HUGE])

@@ -138,15 +138,6 @@ def test_no_xattrs(small_tree: Tree, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("compressor", ["lzo", "lzma"])
-def test_a_compressor_that_is_not_supported_is_named(
-    small_tree: Tree, tmp_path: Path, compressor: str
-) -> None:
-    out = make_image(small_tree[0] / "names", tmp_path / "image", compressor=compressor)
-    with pytest.raises(FormatError, match=f"compressed with {compressor}, which is not supported yet"):
-        open_image(out)
-
-
 def test_an_image_that_was_appended_to(small_tree: Tree, tmp_path: Path) -> None:
     tree, expected = small_tree
     out = make_image(tree, tmp_path / "image")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import replace
 
 import pytest
 
@@ -93,7 +92,7 @@ LOCATION = {
 @pytest.mark.parametrize("name", CASES)
 def test_each_type(name: str) -> None:
     kind, body, expected = CASES[name]
-    assert replace(only(kind, body), **LOCATION) == replace(BASE, **expected)
+    assert only(kind, body)._replace(**LOCATION) == BASE._replace(**expected)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -104,7 +103,7 @@ def test_each_type_straddles_blocks(name: str) -> None:
     for before in range(8192 - size, 8192, 3):
         raw = RawImage(ids=(10, 20), inodes=bytes(before))
         ref = raw.inode(kind, 77, body)
-        assert replace(raw.open_root()[1], **LOCATION) == replace(BASE, **expected, ref=ref)
+        assert raw.open_root()[1]._replace(**LOCATION) == BASE._replace(**expected, ref=ref)
 
 
 @pytest.mark.parametrize("name", CASES)

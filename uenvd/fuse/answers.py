@@ -1,0 +1,152 @@
+"""From a request of the kernel to the parts of its reply: everything about serving an image but the descriptor.
+
+The image never changes and the numbers of its inodes are computed, so an answer depends on the request and the image alone. OPEN, OPENDIR,
+FLUSH, ACCESS and, for an image without extended attributes, the xattr requests are answered with ENOSYS: the kernel does not ask again.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from itertools import chain
+
+from uenvd.fuse.faults import Faults
+from uenvd.fuse.protocol import Missing, Opcode
+from uenvd.fuse.protocol import reply as r
+from uenvd.fuse.protocol import request as q
+from uenvd.fuse.tree import NAME_MAX_BYTES, Tree
+from uenvd.squashfs import Span
+
+Buffer = bytes | memoryview
+Parts = list[Buffer]
+
+MAX_PARTS = 1000
+"""writev(2) takes 1024."""
+_XATTR_LIST_MAX_BYTES = 65536
+
+
+class Answers:
+    """Answers requests about one image. For one thread.
+
+    Args:
+        tree: the image.
+        faults: where faults are noted.
+
+    """
+
+    def __init__(self, tree: Tree, faults: Faults) -> None:
+        self.tree = tree
+        self._faults = faults
+        self.last_read: tuple[int, list[Span]] | None = None
+        """Inode number and spans of the last READ, for whoever wants to read ahead; he puts None here."""
+        self._handlers: dict[int, Callable[[q.Buffer, int, int], Parts]] = {
+            Opcode.LOOKUP: self._lookup,
+            Opcode.GETATTR: self._getattr,
+            Opcode.READLINK: self._readlink,
+            Opcode.READ: self._read,
+            Opcode.READDIR: self._readdir,
+            Opcode.READDIRPLUS: self._readdirplus,
+            Opcode.STATFS: self._statfs,
+            Opcode.RELEASE: self._nothing,
+            Opcode.RELEASEDIR: self._nothing,
+            Opcode.DESTROY: self._nothing,
+        }
+        if tree.has_xattrs:
+            self._handlers[Opcode.GETXATTR] = self._getxattr
+            self._handlers[Opcode.LISTXATTR] = self._listxattr
+
+    def answer(self, request: q.Buffer, length: int) -> Parts | None:
+        """Return the parts of the reply to write in one go; None where none is expected.
+
+        Raises `Missing`: bytes of the image have not arrived, ask again later. Whatever else goes wrong is the reply.
+        """
+        if length < q.HEADER_BYTES:
+            return None
+        _length, opcode, unique, node, *_ = q.HEADER.unpack_from(request)
+        handler = self._handlers.get(opcode)
+        if handler is None:
+            return None if opcode in q.UNANSWERED else [r.refusal(unique, errno.ENOSYS)]
+        try:
+            parts = handler(request, length, node)
+        except Missing:
+            raise
+        except Exception as error:  # noqa: BLE001 - the boundary: whatever a request meets is its own fault
+            return [r.refusal(unique, self._faults.note(error))]
+        if len(parts) > MAX_PARTS:
+            parts = [b"".join(parts)]
+        parts.insert(0, r.OUT.pack(r.OUT_BYTES + sum(map(len, parts)), 0, unique))
+        return parts
+
+    def _nothing(self, _request: q.Buffer, _length: int, _node: int) -> Parts:
+        return []
+
+    def _lookup(self, request: q.Buffer, length: int, node: int) -> Parts:
+        found = self.tree.lookup(node, q.name(request, length))
+        return [r.NO_ENTRY if found is None else r.entry(found)]
+
+    def _getattr(self, _request: q.Buffer, _length: int, node: int) -> Parts:
+        return [r.ATTR_PREFIX, r.attr(self.tree.attributes(node))]
+
+    def _readlink(self, _request: q.Buffer, _length: int, node: int) -> Parts:
+        return [self.tree.readlink(node)]
+
+    def _statfs(self, _request: q.Buffer, _length: int, _node: int) -> Parts:
+        superblock = self.tree.image.superblock
+        size = superblock.block_size_bytes
+        return [r.statfs(-(-superblock.bytes_used // size), size, superblock.inode_count, NAME_MAX_BYTES)]
+
+    def _read(self, request: q.Buffer, length: int, node: int) -> Parts:
+        offset, size = q.read_range(request, length)
+        spans = self.tree.plan(node, offset, size)
+        self.last_read = node, spans
+        return [self.tree.shared_part(span) for span in spans]
+
+    def _readdir(self, request: q.Buffer, length: int, node: int) -> Parts:
+        offset, size = q.read_range(request, length)
+        parts: Parts = []
+        for listed in self.tree.listing(node, offset):
+            one = r.dirent(listed.name, listed.attributes.ino, listed.next_offset, listed.attributes.mode)
+            size -= len(one)
+            if size < 0:
+                break
+            parts.append(one)
+        return [b"".join(parts)]
+
+    def _readdirplus(self, request: q.Buffer, length: int, node: int) -> Parts:
+        offset, size = q.read_range(request, length)
+        parts: list[bytes] = []
+        pack, forever, block_size = r.DIRENT_PLUS.pack, r.FOREVER_S, r.BLOCK_SIZE_BYTES
+        for name, attributes, next_offset in self.tree.listing(node, offset):
+            ino, mode, nlink, uid, gid, rdev, size_bytes, mtime_s, blocks = attributes
+            name_bytes = len(name)
+            padding = -name_bytes % 8
+            size -= r.DIRENT_PLUS_BYTES + name_bytes + padding
+            if size < 0:
+                break
+            # fmt: off
+            parts.append(pack(ino, 0, forever, forever, 0, 0,
+                              ino, size_bytes, blocks, mtime_s, mtime_s, mtime_s, 0, 0, 0, mode, nlink, uid, gid,
+                              r.kernel_device(rdev) if rdev else 0, block_size, 0,
+                              ino, next_offset, name_bytes, mode >> 12))
+            # fmt: on
+            parts.append(name + r.PADDING[padding])
+        return [b"".join(parts)]
+
+    def _getxattr(self, request: q.Buffer, length: int, node: int) -> Parts:
+        value = self.tree.xattrs(node).get(q.name(request, length, q.NAME_OFFSET_XATTR))
+        if value is None:
+            raise OSError(errno.ENODATA, "no such attribute")
+        return _sized(value, q.xattr_size(request, length))
+
+    def _listxattr(self, request: q.Buffer, length: int, node: int) -> Parts:
+        names = b"".join(chain.from_iterable((name, b"\0") for name in self.tree.xattrs(node)))
+        return _sized(names, q.xattr_size(request, length))
+
+
+def _sized(value: bytes, room_bytes: int) -> Parts:
+    """Return a value that the asker has room for, or its size where he has none."""
+    if not room_bytes:
+        return [r.xattr_size(len(value))]
+    if len(value) > room_bytes:
+        raise OSError(errno.ERANGE, "the attribute is larger")
+    return [value]

@@ -1,0 +1,81 @@
+"""From an image file to a tree and what the image says of itself; errors name the file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from uenvd.errors import AccessDenied, FormatError, StorageError, UsageError
+from uenvd.fuse.shared import SharedBlocks
+from uenvd.fuse.tree import ROOT_INO, Tree
+from uenvd.squashfs import Kind
+from uenvd.views import MAX_FILE_BYTES, ImageMeta, read_image_meta
+
+DECOMPRESSORS = ("zlib", "lzma", "zstandard", "lz4.block", "lzallright")
+"""Loaded on demand by `uenvd.squashfs`; while a worker waits for its image is a better time."""
+
+
+def open_image(path: str) -> int:
+    """Open an image file; return its descriptor. Raises `UsageError`, `AccessDenied`, `StorageError` with the reason."""
+    try:
+        # O_NONBLOCK: a FIFO must not hold us up; it means nothing for a regular file.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError as error:
+        message = f"cannot open {path}: {error.strerror}"
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            raise UsageError(message, hint="check the path of the image") from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise AccessDenied(
+                message, hint=f"it has to be readable for the user with uid {os.geteuid()}"
+            ) from error
+        raise StorageError(message) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UsageError(f"{path} is not a regular file", hint="give the path of a squashfs image")
+    return descriptor
+
+
+def open_tree(
+    image_fd: int,
+    name: str,
+    *,
+    mask_privileged: bool,
+    cache_bytes: int,
+    offset_bytes: int = 0,
+    shared: SharedBlocks | None = None,
+) -> Tree:
+    """Make the tree of an image. Raises `FormatError` or `StorageError` that names it."""
+    try:
+        tree = Tree(
+            image_fd,
+            mask_privileged=mask_privileged,
+            cache_bytes=cache_bytes,
+            offset_bytes=offset_bytes,
+            shared=shared,
+        )
+        tree.prefetch_metadata()
+        if tree.inode(ROOT_INO).kind is not Kind.DIRECTORY:
+            raise FormatError("damaged squashfs image: its root is no directory")
+    except FormatError as error:
+        raise FormatError(f"{name}: {error.message}", hint=error.hint) from error
+    except OSError as error:
+        raise StorageError(f"cannot read {name}: {error.strerror}") from error
+    return tree
+
+
+def read_meta(tree: Tree, notes: list[str]) -> ImageMeta | None:
+    """Read the image's description of itself; damage in it costs the description, not the image, and is noted."""
+
+    def read_file(path: bytes) -> bytes | None:
+        inode = tree.image.find(path)
+        if inode is None or inode.kind is not Kind.FILE:
+            return None
+        if inode.size_bytes > MAX_FILE_BYTES:
+            notes.append(
+                f"{os.fsdecode(path)} in the image is too large to be read ({inode.size_bytes} bytes)"
+            )
+            return None
+        return tree.image.read_file(inode, MAX_FILE_BYTES)
+
+    return read_image_meta(read_file)
