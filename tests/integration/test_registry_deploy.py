@@ -17,12 +17,13 @@ import pytest
 from support.publishing import simple_image
 from support.registry import PASSWORD, USER, FakeRegistry, RealRegistry, docker_registry
 from support.reports import junit, report
+from uenvd.oci.attach import VERDICT
 from uenvd.oci.index import index_repository, read_index
 from uenvd.oci.manifest import EMPTY_BLOB, EMPTY_TYPE, build_artifact
 from uenvd.oci.reference import parse_registry, repository_of
 from uenvd.oci.remote import Remote, open_remote
 from uenvd.publish.main import main
-from uenvd.publish.reframe.report import TESTED, VERDICT
+from uenvd.publish.reframe.report import TESTED
 
 Publish = Callable[..., subprocess.CompletedProcess[str]]
 REFUSED = 110

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from support.registry import PASSWORD, USER, FakeRegistry, free_port, make_certificate, oras_manifest
-from uenvd.cache import pull as pull_module
+from uenvd.cache import transfer as transfer_module
 from uenvd.cache.pull import pull_blob
 from uenvd.cache.store import Store
 from uenvd.errors import (
@@ -65,7 +65,7 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "_BACKOFF_S", 0.02)
-    monkeypatch.setattr(pull_module, "_BACKOFF_S", 0.02)
+    monkeypatch.setattr(transfer_module, "BACKOFF_S", 0.02)
 
 
 def pull(remote: Remote, store: Store, cancelled: Callable[[], bool] = never) -> None:

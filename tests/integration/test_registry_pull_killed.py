@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.registry import FakeRegistry
+from uenvd.cache.partial import received_bytes
 from uenvd.cache.pull import pull_blob
 from uenvd.cache.store import Store
 from uenvd.errors import InUse, StorageError, StorageFull
@@ -96,6 +97,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def received(store: Store) -> int:
+    return received_bytes(store.root / "partial" / f"{LAYER.digest.removeprefix('sha256:')}.part")
+
+
 def content(store: Store) -> bytes:
     with os.fdopen(store.open(LAYER.digest), "rb") as file:
         return file.read()
@@ -107,14 +112,14 @@ def test_kill_9_in_the_middle_loses_nothing(
     rule = fake.spoil("/blobs/", bytes_per_s=2_000_000)
     process = pullers()
     go(process)
-    wait_for(lambda: store.part_bytes(LAYER.digest) > 500_000)
+    wait_for(lambda: received(store) > 500_000)
     process.send_signal(signal.SIGKILL)
     process.wait(10)
     assert not store.has(LAYER.digest)
     rule.times = 0
     again = Store(store.root)
     again.prepare()
-    kept = again.part_bytes(LAYER.digest)
+    kept = received(again)
     assert 500_000 < kept < len(DATA)
     pull_blob(
         open_remote(parse_registry(fake.url)), REPOSITORY, LAYER, again, progress=no_progress, cancelled=never
@@ -144,7 +149,7 @@ def test_the_second_takes_over_when_the_first_is_killed(
     fake.spoil("/blobs/", bytes_per_s=2_000_000)
     first, second = pullers(), pullers()
     go(first)
-    wait_for(lambda: store.part_bytes(LAYER.digest) > 500_000)
+    wait_for(lambda: received(store) > 500_000)
     with pytest.raises(InUse):
         store.begin(LAYER)
     go(second)

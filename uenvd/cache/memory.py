@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from uenvd.cache.identity import CacheUser, as_user
 from uenvd.errors import StorageError
 from uenvd.oci.files import read_bounded, write_atomically
 from uenvd.oci.reference import is_digest
@@ -31,8 +32,9 @@ KEPT_S: Final = 90 * 86400.0
 class RegistryMemory:
     """Answers of the registry, in files below ``root``. Safe for several threads and processes; times are seconds since the epoch."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, user: CacheUser | None = None) -> None:
         self._root = root
+        self.user = user or CacheUser()
         self._lock = threading.Lock()
         self._known: dict[str, tuple[Any, float]] = {}
 
@@ -72,6 +74,7 @@ class RegistryMemory:
         """Return (JSON value, when it was read); the caller checks it."""
         return self._recall(f"document {name}")
 
+    @as_user
     def sweep(self) -> None:
         """Remove the files of answers that are too old. Raises `OSError`."""
         for path in self._root.glob("*.json"):
@@ -84,7 +87,9 @@ class RegistryMemory:
         if known is not None:
             return known
         try:
-            body = json.loads(read_bounded(self._path(question), MAX_FILE_BYTES))
+            with self.user:
+                data = read_bounded(self._path(question), MAX_FILE_BYTES)
+            body = json.loads(data)
         except (OSError, ValueError, RecursionError, StorageError):
             return None
         match body:
@@ -99,7 +104,8 @@ class RegistryMemory:
         body = json.dumps({"question": question, "value": value, "when": when_s}).encode()
         try:
             # Not durable: what a power failure loses is asked again.
-            write_atomically(self._path(question), body, durable=False)
+            with self.user:
+                write_atomically(self._path(question), body, durable=False)
         except OSError as error:
             log.warning("the registry's answer cannot be kept in %s: %s", self._root, error.strerror)
 

@@ -1,51 +1,99 @@
-"""A blob on its way into the store: one file, one writer, resumable, verified before it gets its name."""
+"""A blob on its way into the store: one sparse file, written at any place, hashed in order, verified before it gets its name.
+
+Beside the file ``<hex>.part`` lies its map ``<hex>.map``, a log of lines: a header with the blob's size and the boot of the machine that
+writes, ``w FIRST END`` for bytes that were written, ``d`` where everything before it is durable (``fdatasync`` of the file, then of the map).
+After ``kill -9`` the page cache has what was written, so the same boot of the same machine trusts every line; any other trusts only what comes
+before the last ``d``. Nothing of it makes a byte trusted as *right*: `commit` hashes the whole.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
-from uenvd.errors import DigestMismatch, InUse, StorageFull
-from uenvd.oci.files import storage_error, storage_errors, sync_directory
+from uenvd.cache.identity import CacheUser
+from uenvd.cache.ranges import Ranges
+from uenvd.errors import DigestMismatch, InUse, StorageError, StorageFull
+from uenvd.oci.files import read_bounded, storage_error, storage_errors, sync_directory, write_atomically
 from uenvd.oci.manifest import Descriptor
 from uenvd.oci.remote import never
 
 REREAD_BYTES: Final = 1 << 20
-FLUSH_BYTES: Final = 256 << 20
-"""How much may wait to reach the disk: then the end of a pull of many GB is no long stop."""
+MAX_MAP_BYTES: Final = 64 << 20
+CHECK_CLAIM_BYTES: Final = 64 << 20
+"""How much is written between two looks at the claim."""
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_MAGIC = "uenvd-map-1"
+
+
+class Claim(Protocol):
+    """The right to write one blob, against every other thread, process and node."""
+
+    def check(self) -> None:
+        """Raise `InUse` when the right was lost."""
+        ...
+
+    def release(self) -> None:
+        """Give it up; does nothing the second time."""
+        ...
 
 
 class Partial:
-    """Bytes 0..`offset_bytes` of a blob, under an exclusive lock (flock) that ends with the process.
+    """Bytes of a blob, under a claim that keeps other writers out.
 
-    Made by `Store.begin`. It ends with exactly one of `commit`, `keep`, `abort`; as a context manager it is kept unless one
-    of them was called. Not for use by several threads.
+    Made by `Store.begin`. It ends with exactly one of `commit`, `keep`, `abort`; as a context manager it is kept unless one of them was
+    called. `write_at`, `sync`, `catch_up` and the properties may be used by several threads at once; after the end they raise `InUse`.
     """
 
-    def __init__(self, descriptor: Descriptor, path: Path, target: Path) -> None:
-        """Open or continue ``path``. Raises `InUse` if another writer has it, `StorageError`, `StorageFull`."""
+    def __init__(
+        self,
+        descriptor: Descriptor,
+        path: Path,
+        target: Path,
+        claim: Claim,
+        user: CacheUser | None = None,
+    ) -> None:
+        """Open or continue ``path`` with the rights of ``user``. Gives the claim back at its end, also when this raises.
+
+        Raises `StorageError`, `StorageFull`.
+        """
         self.descriptor = descriptor
         self.path = path
         self._target = target
+        self._user = user or CacheUser()
+        self._claim = claim
+        self._fd = self._map_fd = -1
+        self._held = Ranges()
+        self._unrecorded: list[tuple[int, int]] = []
+        self._undurable_bytes = 0
+        self._unchecked_bytes = 0
+        self._full = False
         self._hasher = hashlib.sha256()
         self._hashed_bytes = 0
-        self._unflushed_bytes = 0
-        self._fd = _open_locked(path)
+        self._hashing = threading.Lock()
+        self._syncing = threading.Lock()
+        self._mapping = threading.Lock()
+        # The kernel lets one writer at a time into a file, and the others spin: on two cores that costs more than the write.
+        self._writing = threading.Lock()
+        self._state = threading.Condition()
+        self._writers = 0
+        self._ended = False
         try:
-            with storage_errors(path, "continuing"):
-                self.offset_bytes = os.fstat(self._fd).st_size
-                if self.offset_bytes > descriptor.size_bytes:
+            with self._user, storage_errors(path, "continuing"):
+                self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                self._held, durable = _trusted(path, descriptor.size_bytes, os.fstat(self._fd).st_size)
+                if not self._held:
                     os.ftruncate(self._fd, 0)
-                    self.offset_bytes = 0
-                os.lseek(self._fd, self.offset_bytes, os.SEEK_SET)
+                self._begin_map(durable)
+            self.resumed_bytes = self._held.total_bytes
             self._check_room()
         except BaseException:
-            os.close(self._fd)
+            self._close()
             raise
 
     def __enter__(self) -> Partial:
@@ -54,116 +102,332 @@ class Partial:
     def __exit__(self, *_exc: object) -> None:
         self.keep()
 
+    # -- what is there
+
+    @property
+    def offset_bytes(self) -> int:
+        """How many bytes are there from the beginning on, without a gap."""
+        with self._state:
+            return self._held.run_from(0)
+
+    @property
+    def held_bytes(self) -> int:
+        """How many bytes are there, wherever."""
+        with self._state:
+            return self._held.total_bytes
+
+    @property
+    def held(self) -> Ranges:
+        """A copy of the set of bytes that are there."""
+        with self._state:
+            return Ranges(self._held)
+
+    @property
+    def hashed_bytes(self) -> int:
+        """How many bytes from the beginning on went into the hash."""
+        return self._hashed_bytes
+
+    @property
+    def undurable_bytes(self) -> int:
+        """How much was written since the last `sync`."""
+        with self._state:
+            return self._undurable_bytes
+
     def catch_up(self, cancelled: Callable[[], bool] = never) -> None:
-        """Hash the bytes that an earlier writer left. `write` and `commit` do it too; here it can be cancelled between pieces."""
-        while self._hashed_bytes < self.offset_bytes and not cancelled():
-            with storage_errors(self.path, "reading back"):
-                piece = os.pread(
-                    self._fd, min(REREAD_BYTES, self.offset_bytes - self._hashed_bytes), self._hashed_bytes
-                )
-            if not piece:
-                raise DigestMismatch(f"{self.path} became shorter while it was written")
-            self._hasher.update(piece)
-            self._hashed_bytes += len(piece)
+        """Hash what is there up to the first gap. `commit` does it too; here it can be cancelled between pieces of 1 MiB."""
+        buffer = bytearray(REREAD_BYTES)
+        with self._hashing:
+            while not cancelled() and (left := self.offset_bytes - self._hashed_bytes) > 0:
+                view = memoryview(buffer)[: min(len(buffer), left)]
+                with self._using(), storage_errors(self.path, "reading back"):
+                    count = os.preadv(self._fd, [view], self._hashed_bytes)
+                if not count:
+                    self._claim.check()  # a successor removes what its former writer may still write to
+                    raise DigestMismatch(f"{self.path} became shorter while it was written")
+                self._hasher.update(view[:count])
+                self._hashed_bytes += count
+
+    def read_at(self, first: int, size_bytes: int) -> bytes:
+        """Return bytes that are there. Raises `ValueError` for others, `StorageError`."""
+        with self._state:
+            if not self._held.covers(first, first + size_bytes):
+                raise ValueError(f"the bytes {first}..{first + size_bytes} are not there yet")
+        with self._using(), storage_errors(self.path, "reading back"):
+            return os.pread(self._fd, size_bytes, first)
+
+    # -- writing
 
     def write(self, data: bytes) -> None:
-        """Append. Raises `DigestMismatch` for more bytes than the descriptor says, `StorageFull`, `StorageError`.
-
-        When there is no room the file is removed: it would keep the others from theirs.
-        """
-        if self.offset_bytes + len(data) > self.descriptor.size_bytes:
+        """Append at `offset_bytes`. Raises as `write_at`, and `DigestMismatch` (nothing is kept) for more bytes than the descriptor says."""
+        first = self.offset_bytes
+        if first + len(data) > self.descriptor.size_bytes:
             self.abort()
             raise DigestMismatch(
                 f"more than the {self.descriptor.size_bytes} bytes of {self.descriptor.digest} arrived"
             )
-        self.catch_up()
-        self._hasher.update(data)
-        self._hashed_bytes += len(data)
-        view = memoryview(data)
         try:
-            while view:
-                view = view[os.write(self._fd, view) :]
-            self._unflushed_bytes += len(data)
-            if self._unflushed_bytes >= FLUSH_BYTES:
+            self.write_at(first, data)
+        except StorageError:
+            self.keep()
+            raise
+
+    def write_at(self, first: int, data: bytes | bytearray | memoryview) -> None:
+        """Write bytes at their place in the blob. Raises `StorageFull`, `StorageError`, `InUse` (the claim was lost, or after the end).
+
+        When there is no room the end, whichever it is, removes the file: it would keep the others from theirs.
+        """
+        end = first + len(data)
+        if not 0 <= first <= end <= self.descriptor.size_bytes:
+            raise ValueError(
+                f"bytes {first}..{end} are no part of a blob of {self.descriptor.size_bytes} bytes"
+            )
+        with self._using():
+            self._check_claim(len(data))
+            try:
+                view, at = memoryview(data), first
+                with self._writing:
+                    while view:
+                        count = os.pwrite(self._fd, view, at)
+                        view, at = view[count:], at + count
+            except OSError as error:
+                raise self._failed(error, "writing") from error
+            with self._state:
+                self._held.add(first, end)
+                self._undurable_bytes += len(data)
+                self._note(first, end)
+
+    def discard(self, first: int, end: int) -> None:
+        """Forget bytes that turned out to be wrong, so that they are fetched again."""
+        with self._hashing, self._state:
+            self._held.remove(first, end)
+            if first < self._hashed_bytes:
+                self._hasher, self._hashed_bytes = hashlib.sha256(), 0
+        with self._using(), self._syncing, self._user, storage_errors(self.path, "writing the map of"):
+            self._begin_map(Ranges())
+
+    def record(self) -> None:
+        """Put what was written since the last time into the map, for a writer after this one."""
+        with self._using():
+            self._record()
+
+    def sync(self) -> None:
+        """Make what was written durable, and note that it is. Raises `StorageError`, `StorageFull`."""
+        with self._using(), self._syncing:
+            self._record()
+            with self._state:
+                before, self._undurable_bytes = self._undurable_bytes, 0
+            try:
                 os.fdatasync(self._fd)
-                self._unflushed_bytes = 0
-        except OSError as error:
-            failure = storage_error(error, self.path, "writing")
-            if isinstance(failure, StorageFull):
-                self.abort()
-            else:
-                # The bytes on disk may lie behind those hashed; let a successor look again.
-                self.keep()
-            raise failure from error
-        self.offset_bytes += len(data)
+                os.write(self._map_fd, b"d\n")
+                os.fdatasync(self._map_fd)
+            except OSError as error:
+                with self._state:
+                    self._undurable_bytes += before
+                raise self._failed(error, "storing") from error
+
+    # -- the end
 
     def commit(self) -> None:
         """Check size and digest of the whole, make it durable and give it its name. Raises `DigestMismatch` after removing it."""
         self.catch_up()
         found = f"sha256:{self._hasher.hexdigest()}"
-        if self.offset_bytes != self.descriptor.size_bytes or found != self.descriptor.digest:
-            size = self.offset_bytes
+        size = self.offset_bytes
+        if size != self.descriptor.size_bytes or found != self.descriptor.digest:
             self.abort()
             raise DigestMismatch(
                 f"{size} bytes with the digest {found} arrived where {self.descriptor.size_bytes} bytes with"
                 f" {self.descriptor.digest} were asked for"
             )
         try:
-            with storage_errors(self._target, "storing"):
+            self._claim.check()
+            with self._using(), self._user, storage_errors(self._target, "storing"):
+                os.ftruncate(self._fd, size)
                 os.fchmod(self._fd, 0o644)
                 os.fsync(self._fd)
                 self.path.rename(self._target)
                 sync_directory(self._target.parent)
+                with suppress(OSError):
+                    map_of(self.path).unlink()
         finally:
             self._close()
 
     def keep(self) -> None:
-        """End and leave the bytes for a later `Store.begin`. Does nothing after an end."""
-        self._close()
+        """End and leave the bytes for a later `Store.begin`; remove them if the disk was full. Does nothing after an end."""
+        if self._full:
+            self.abort()
+        elif not self._ended:
+            with suppress(StorageError, InUse):
+                self.record()
+            self._close()
 
     def abort(self) -> None:
         """End and remove the bytes. Does nothing after an end."""
-        if self._fd >= 0:
-            # Unlinked under the lock: nobody else can have opened it as theirs.
-            with suppress(OSError):
+        if not self._ended:
+            # Unlinked under the claim: nobody else can have opened it as theirs.
+            with suppress(OSError, InUse), self._user:
+                self._claim.check()
                 self.path.unlink()
+                map_of(self.path).unlink()
             self._close()
 
     def _close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        with self._state:
+            self._ended = True
+            while self._writers:
+                self._state.wait()
+            fds, self._fd, self._map_fd = (self._fd, self._map_fd), -1, -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+        self._claim.release()
+
+    # -- inside
+
+    def _using(self) -> _Using:
+        return _Using(self)
+
+    def _check_claim(self, written_bytes: int) -> None:
+        with self._state:
+            self._unchecked_bytes += written_bytes
+            due = self._unchecked_bytes >= CHECK_CLAIM_BYTES
+            if due:
+                self._unchecked_bytes = 0
+        if due:
+            self._claim.check()
+
+    def _failed(self, error: OSError, doing: str) -> StorageError:
+        failure = storage_error(error, self.path, doing)
+        self._full = self._full or isinstance(failure, StorageFull)
+        return failure
+
+    def _note(self, first: int, end: int) -> None:
+        last = self._unrecorded
+        for index, (start, stop) in enumerate(last):
+            if stop == first:
+                last[index] = (start, end)
+                return
+        last.append((first, end))
+
+    def _record(self) -> None:
+        with self._mapping:
+            with self._state:
+                lines, self._unrecorded = self._unrecorded, []
+            if lines:
+                try:
+                    os.write(self._map_fd, "".join(f"w {first} {end}\n" for first, end in lines).encode())
+                except OSError as error:
+                    raise self._failed(error, "writing the map of") from error
+
+    def _begin_map(self, durable: Ranges) -> None:
+        """Write the map anew from what is held, and what of it is durable."""
+        with self._mapping:
+            with self._state:
+                held, self._unrecorded = list(self._held), []
+            lines = [f"{_MAGIC} {self.descriptor.size_bytes} {_boot_id()}"]
+            lines += [f"w {first} {end}" for first, end in durable]
+            lines += ["d", *(f"w {first} {end}" for first, end in held), ""]
+            path = map_of(self.path)
+            write_atomically(path, "\n".join(lines).encode(), durable=len(durable) > 0)
+            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+            if self._map_fd >= 0:
+                os.close(self._map_fd)
+            self._map_fd = fd
 
     def _check_room(self) -> None:
         """Refuse at once what cannot fit; space may still run out later."""
         with storage_errors(self.path, "looking at the file system of"):
             room = os.fstatvfs(self._fd)
         free = room.f_bavail * room.f_frsize
-        needed = self.descriptor.size_bytes - self.offset_bytes
+        needed = self.descriptor.size_bytes - self._held.total_bytes
         if needed > free:
             raise StorageFull(
                 f"no room left: {self.descriptor.digest} needs {needed} more bytes in {self.path.parent}, {free} are free"
             )
 
 
-def _open_locked(path: Path) -> int:
-    """Open ``path`` under an exclusive lock. Raises `InUse` if it is taken, `StorageError`."""
-    while True:
-        with storage_errors(path, "opening"):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise InUse(f"another process is pulling {path.name.removesuffix('.part')}") from None
-        except OSError as error:
-            os.close(fd)
-            raise storage_error(error, path, "locking") from error
-        try:
-            named = path.stat()
-            if (named.st_dev, named.st_ino) == (os.fstat(fd).st_dev, os.fstat(fd).st_ino):
-                return fd
-        except OSError:
-            pass
-        # Its former writer committed or removed it between the open and the lock.
-        os.close(fd)
+class _Using:
+    """Keeps the descriptors of a `Partial` open inside the ``with`` block. A class of its own: it is entered for each write."""
+
+    __slots__ = ("_partial",)
+
+    def __init__(self, partial: Partial) -> None:
+        self._partial = partial
+
+    def __enter__(self) -> None:
+        partial = self._partial
+        with partial._state:
+            if partial._ended:
+                raise InUse(f"the transfer of {partial.descriptor.digest} has ended")
+            partial._writers += 1
+
+    def __exit__(self, *_exc: object) -> None:
+        partial = self._partial
+        with partial._state:
+            partial._writers -= 1
+            if not partial._writers:
+                partial._state.notify_all()
+
+
+def map_of(path: Path) -> Path:
+    """Return where the map of a part lies."""
+    return path.with_suffix(".map")
+
+
+def received_bytes(path: Path) -> int:
+    """Return how many bytes of a part were received, as far as its writer has said so by now; 0 without one."""
+    try:
+        _size, _boot, held, _durable = _read_map(map_of(path))
+        return held.total_bytes if path.exists() else 0
+    except (OSError, StorageError):
+        return 0
+
+
+def _trusted(path: Path, size_bytes: int, found_bytes: int) -> tuple[Ranges, Ranges]:
+    """Return (bytes of a part that may be gone on with, those of them that are durable), none behind the end of the file."""
+    try:
+        size, boot, held, durable = _read_map(map_of(path))
+    except (OSError, StorageError):
+        return Ranges(), Ranges()
+    if size != size_bytes or found_bytes > size_bytes:
+        return Ranges(), Ranges()
+    if boot != _boot_id():
+        held = Ranges(durable)
+    for ranges in (held, durable):
+        ranges.remove(found_bytes, size_bytes)
+    return held, durable
+
+
+def _read_map(path: Path) -> tuple[int, str, Ranges, Ranges]:
+    """Return (size of the blob, boot id, everything written, everything durable). What follows a damaged line is ignored."""
+    lines = read_bounded(path, MAX_MAP_BYTES).split(b"\n")
+    match lines[0].split():
+        case [magic, size, boot] if magic == _MAGIC.encode() and _is_number(size):
+            size_bytes = int(size)
+        case _:
+            return -1, "", Ranges(), Ranges()
+    held, durable, since = Ranges(), Ranges(), list[tuple[int, int]]()
+    for line in lines[1:-1]:
+        match line.split():
+            case [b"w", first, end] if (
+                _is_number(first) and _is_number(end) and int(first) < int(end) <= size_bytes
+            ):
+                held.add(int(first), int(end))
+                since.append((int(first), int(end)))
+            case [b"d"]:
+                for first_byte, end_byte in since:
+                    durable.add(first_byte, end_byte)
+                since.clear()
+            case _:
+                break
+    return size_bytes, boot.decode(errors="replace"), held, durable
+
+
+def _is_number(text: bytes) -> bool:
+    return text.isdigit() and len(text) <= 19
+
+
+def _boot_id() -> str:
+    try:
+        return _BOOT_ID.read_text().strip() or "unknown"
+    except OSError:
+        return os.urandom(16).hex()

@@ -27,6 +27,16 @@ class CachedImage:
     last_use_s: float
     """Seconds since the epoch; 0.0 unless complete."""
 
+    def merged(self, other: CachedImage) -> CachedImage:
+        """Return what two directories know of one image together."""
+        return replace(
+            self,
+            tags=(*self.tags, *(tag for tag in other.tags if tag not in self.tags)),
+            pinned=self.pinned or other.pinned,
+            complete=self.complete or other.complete,
+            last_use_s=max(self.last_use_s, other.last_use_s),
+        )
+
     @property
     def manifest_digest(self) -> str:
         """Digest of the manifest."""

@@ -1,168 +1,252 @@
-"""The cache of one node: a content-addressed store of images. All state is in the file system; every step survives ``kill -9``.
+"""The cache as the daemon sees it: a directory of this node, one that many nodes share, and further ones that are only read.
 
-Layout of ``root`` (an OCI image layout, readable by skopeo and oras)::
+Each may be absent, but one of the first two. A blob is looked for in this order: local, shared, read-only sources. A pull goes into the
+shared directory where there is one, so that it happens once for all nodes, and a blob that is there is served from there, not copied
+first: the kernel keeps what was read, so most bytes of most images would be copied for nothing (``cache.copy: auto`` copies in the
+background what this node serves, while there is room).
 
-    oci-layout  index.json     complete images, as ``<repository>:<tag>`` or ``<repository>@<digest>``
-    blobs/sha256/<hex>         only bytes whose digest was verified; mtime = last use
-    partial/<hex>.part         pulls on their way (`uenvd.cache.partial`)
-    images/<hex>.json          one record for each manifest: repository, tags, layer, pinned
-    registry/                  what the registry said last (`uenvd.cache.memory`)
-    .lock                      flock for changes of records, index and evictions
-
-**A lease is a shared lock** (flock) on the open file description of a blob: whoever holds a descriptor from `Store.open`, or inherited a
-copy of it, keeps the blob from eviction, and the kernel ends the lease with the last copy.
+**A lease is a descriptor from `Store.open`**: while it or a copy of it is open, the blob is not evicted by any process of this node. Other
+nodes are told by a heartbeat file (`uenvd.cache.leases`), which the daemon renews for what it serves (`Store.renew`).
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from uenvd.cache.directory import PART_KEPT_S, UNUSED_KEPT_S, Directory
+from uenvd.cache.identity import CacheUser
 from uenvd.cache.memory import RegistryMemory
 from uenvd.cache.partial import Partial
-from uenvd.cache.records import CachedImage, Record
-from uenvd.errors import DigestMismatch, InUse, ManifestError, NotFound, StorageError, UenvError
-from uenvd.oci.files import locked, read_bounded, storage_errors, sync_directory, write_atomically
-from uenvd.oci.layout import LAYOUT_BYTES, REF_NAME
-from uenvd.oci.manifest import (
-    EMPTY_BLOB,
-    EMPTY_DIGEST,
-    INDEX_TYPE,
-    MAX_CONFIG_BYTES,
-    MAX_MANIFEST_BYTES,
-    Descriptor,
-    Manifest,
-    check_digest,
-    parse_manifest,
-)
-from uenvd.oci.reference import is_digest
+from uenvd.cache.records import CachedImage
+from uenvd.config import CacheConfig
+from uenvd.errors import Cancelled, InUse, NotFound, StorageError, UenvError
+from uenvd.oci.files import COPY_BYTES, storage_errors
+from uenvd.oci.manifest import Descriptor, Manifest
+from uenvd.oci.remote import never
+
+__all__ = ["PART_KEPT_S", "UNUSED_KEPT_S", "Level", "Store"]
 
 log = logging.getLogger(__name__)
 
-PART_KEPT_S: Final = 7 * 86400.0
-"""How long the bytes of an interrupted pull wait for its continuation."""
-UNUSED_KEPT_S: Final = 3600.0
-"""How long a blob without a record, or the temporary file of a writer that is gone, is left alone."""
-MAX_RECORD_BYTES: Final = 1 << 20
+_TROUBLE_LOG_S: Final = 60.0
+
+
+@dataclass(frozen=True)
+class Level:
+    """One directory of the cache and how full it is, for `status`."""
+
+    name: str
+    path: Path
+    used_bytes: int
+    free_bytes: int
+    quota_bytes: int | None
+    error: str | None = None
 
 
 class Store:
-    """The cache in ``root``. Methods block, and may be called from several threads and processes at once.
+    """The cache. Methods block, and may be called from several threads, processes and nodes at once.
 
-    Any of them raises `StorageError` (`StorageFull`) when the file system does not let it.
+    Any of them raises `StorageError` (`StorageFull`) when no file system lets it; trouble with one directory does not hide what is in another.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.memory = RegistryMemory(root / "registry")
-        self._blobs = root / "blobs" / "sha256"
-        self._partial = root / "partial"
-        self._images = root / "images"
+    def __init__(
+        self,
+        local: Path | Directory | None,
+        shared: Directory | None = None,
+        sources: Sequence[Directory] = (),
+    ) -> None:
+        self.local = Directory(local) if isinstance(local, Path) else local
+        self.shared = shared
+        self.sources = tuple(sources)
+        writable = [level for level in (self.local, self.shared) if level is not None]
+        if not writable:
+            raise ValueError("a cache needs a directory to write to")
+        self._writable: tuple[Directory, ...] = tuple(writable)
+        self._pulled_into: tuple[Directory, ...] = tuple(reversed(writable))
+        self.memory: RegistryMemory = self._writable[0].memory
+        self._trouble: dict[Path, float] = {}
+
+    @classmethod
+    def from_config(cls, settings: CacheConfig, node: str) -> Store:
+        """Make the store that a configuration describes; ``node`` names this daemon. Raises `ConfigError` for an unknown user."""
+        user = CacheUser.named(settings.user)
+        local = shared = None
+        if settings.local is not None:
+            local = Directory(
+                settings.local, user, quota_bytes=settings.quota_bytes, high=settings.high, low=settings.low
+            )
+        if settings.shared is not None:
+            shared = Directory(
+                settings.shared,
+                user,
+                node=node,
+                quota_bytes=settings.shared_quota_bytes,
+                high=settings.high,
+                low=settings.low,
+                grace_s=settings.grace_s,
+            )
+        return cls(local, shared, [Directory(path, user) for path in settings.sources])
+
+    @property
+    def root(self) -> Path:
+        """The first directory: this node's, or else the shared one."""
+        return self._writable[0].root
+
+    @property
+    def directories(self) -> tuple[Directory, ...]:
+        """The directories in the order in which a blob is looked for."""
+        return (*self._writable, *self.sources)
+
+    @property
+    def writable(self) -> tuple[Directory, ...]:
+        """Those that are written to, this node's first."""
+        return self._writable
 
     # -- life
 
     def prepare(self) -> None:
-        """Create what is missing; drop what nobody will finish: parts of blobs that are here, and parts older than 7 days."""
-        with storage_errors(self.root, "preparing the cache in"):
-            if not self.root.exists():
-                # Who may use which image is not for the file system to say: nobody else looks in here.
-                self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for directory in (self._blobs, self._partial, self._images, self.root / "registry"):
-                directory.mkdir(parents=True, exist_ok=True)
-            with locked(self.root / ".lock"):
-                if not (self.root / "oci-layout").exists():
-                    write_atomically(self.root / "oci-layout", LAYOUT_BYTES)
-                self._sweep()
-                self.memory.sweep()
-                self._write_index()
-
-    def _sweep(self) -> None:
-        for part in self._partial.glob("*.part"):
-            with suppress(OSError, InUse):
-                if (self._blobs / part.stem).exists() or time.time() - part.stat().st_mtime > PART_KEPT_S:
-                    with _exclusive(part):
-                        part.unlink()
-        for directory in (self.root, self._blobs, self._images, self.root / "registry"):
-            for leftover in directory.glob(".*.tmp"):
-                # A writer renames within seconds.
-                with suppress(OSError):
-                    if time.time() - leftover.stat().st_mtime > UNUSED_KEPT_S:
-                        leftover.unlink()
+        """Create what is missing. A shared directory that is not there yet is no error while there is a local one."""
+        for directory in self._writable:
+            try:
+                directory.prepare()
+            except StorageError as error:
+                if directory is self._writable[0]:
+                    raise
+                self._note_trouble(directory, error)
 
     def usage(self) -> tuple[int, int]:
-        """Return (bytes that blobs and parts occupy, bytes free to an ordinary user in the file system)."""
-        used = 0
-        with storage_errors(self.root, "looking at the cache in"):
-            for directory in (self._blobs, self._partial):
-                for entry in os.scandir(directory):
-                    with suppress(FileNotFoundError):
-                        used += entry.stat(follow_symlinks=False).st_blocks * 512
-            room = os.statvfs(self.root)
-        return used, room.f_bavail * room.f_frsize
+        """Return (bytes that blobs and parts occupy, bytes free to an ordinary user) of the directory that `root` names."""
+        return self._writable[0].usage()
+
+    def levels(self) -> list[Level]:
+        """Return how full each directory is."""
+        found = []
+        for directory in self._writable:
+            name = "shared" if directory.shared else "local"
+            try:
+                room = directory.room()
+            except StorageError as error:
+                found.append(Level(name, directory.root, 0, 0, None, str(error)))
+            else:
+                found.append(Level(name, directory.root, room.used_bytes, room.free_bytes, room.quota_bytes))
+        return found
 
     # -- blobs
 
     def has(self, digest: str) -> bool:
-        """Tell whether the blob is here, complete and verified."""
-        return self._blob(digest).exists()
+        """Tell whether the blob is in one of the directories, complete and verified."""
+        return self._holder(digest) is not None
+
+    def present(self, digests: Iterable[str]) -> set[str]:
+        """Return which of many blobs are here; for lists."""
+        wanted, found = set(digests), set[str]()
+        for directory in self.directories:
+            found |= directory.blobs.present(wanted - found)
+        return found
 
     def open(self, digest: str) -> int:
         """Return a read-only descriptor of a blob; it is a lease (see the module). The caller closes it. Raises `NotFound`."""
-        path = self._blob(digest)
-        while True:
-            with storage_errors(path, "opening"):
-                try:
-                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-                except FileNotFoundError as error:
-                    raise NotFound(f"the blob {digest} is not in the cache") from error
+        failure: UenvError = NotFound(f"the blob {digest} is not in the cache")
+        for directory in self.directories:
             try:
-                with storage_errors(path, "locking"):
-                    fcntl.flock(fd, fcntl.LOCK_SH)
-                    gone = os.fstat(fd).st_nlink == 0
-            except BaseException:
-                os.close(fd)
-                raise
-            if not gone:
-                self.touch(digest)
-                return fd
-            # Evicted between the open and the lock.
-            os.close(fd)
+                return directory.blobs.open(digest)
+            except NotFound:
+                continue
+            except StorageError as error:
+                self._note_trouble(directory, error)
+                failure = error
+        raise failure
 
     def touch(self, digest: str) -> None:
         """Note that a blob was used now. Not noting it is no error."""
-        with suppress(OSError):
-            os.utime(self._blob(digest))
+        for directory in self._writable:
+            directory.blobs.touch(digest)
 
     def begin(self, descriptor: Descriptor) -> Partial:
-        """Start or continue to write a blob. Raises `InUse` while another process or thread writes it, `StorageFull`."""
-        target = self._blob(descriptor.digest)
-        return Partial(descriptor, self._partial / f"{target.name}.part", target)
+        """Start or continue to write a blob. Raises `InUse` while another process, thread or node writes it, `StorageFull`, `StorageError`.
+
+        It goes into the shared directory; into this node's own when that is out of order or full.
+        """
+        failure: StorageError | None = None
+        for directory in self._pulled_into:
+            try:
+                return directory.begin(descriptor)
+            except StorageError as error:
+                failure = failure or error
+                if directory is not self._pulled_into[-1]:
+                    self._note_trouble(directory, error)
+        assert failure is not None
+        raise failure
 
     def part_bytes(self, digest: str) -> int:
         """Return how many bytes an unfinished pull of the blob has (0 without one)."""
-        try:
-            return (self._partial / f"{self._blob(digest).name}.part").stat().st_size
-        except OSError:
-            return 0
+        return max(directory.blobs.part_bytes(digest) for directory in self._writable)
 
     def verify(self, digest: str) -> None:
-        """Read a blob again. One that does not have its digest any more is removed. Raises `DigestMismatch`, `NotFound`."""
-        fd = self.open(digest)
-        with os.fdopen(fd, "rb") as file, storage_errors(self._blob(digest), "reading"):
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if f"sha256:{found}" != digest:
-            with storage_errors(self._blob(digest), "removing the damaged blob"):
-                self._blob(digest).unlink(missing_ok=True)
-            raise DigestMismatch(f"the blob {digest} in the cache was damaged and has been removed")
+        """Read a blob again; a damaged one is put aside. Raises `DigestMismatch`, `NotFound`."""
+        directory = self._holder(digest)
+        if directory is None:
+            raise NotFound(f"the blob {digest} is not in the cache")
+        directory.verify(digest)
+
+    def copy_to_local(self, digest: str, size_bytes: int, cancelled: Callable[[], bool] = never) -> bool:
+        """Copy a blob into this node's own directory, verified, if nothing has to go for it; return whether it is there then.
+
+        Raises `Cancelled`, `DigestMismatch`.
+        """
+        source = self._holder(digest)
+        if self.local is None or source is None:
+            return False
+        if source is self.local:
+            return True
+        if self.local.room().excess_bytes(size_bytes):
+            return False
+        try:
+            partial = self.local.begin(Descriptor("application/octet-stream", digest, size_bytes))
+        except InUse:
+            return False
+        with partial, os.fdopen(source.blobs.open(digest), "rb", buffering=0) as file:
+            with storage_errors(source.blobs.path(digest), "reading"):
+                file.seek(partial.offset_bytes)
+                while piece := file.read(COPY_BYTES):
+                    if cancelled():
+                        raise Cancelled("the copy was cancelled")
+                    partial.write(piece)
+            partial.commit()
+        return True
+
+    # -- leases in the shared directory
+
+    def renew(self, used: Iterable[str], read_here: Callable[[Iterable[str]], set[str]]) -> None:
+        """Tell the other nodes what this one reads: the blobs (digests) ``used``, and of what a former daemon left those with a reader.
+
+        ``read_here`` says which of some hex digests a process of this node has open.
+        """
+        names = {digest.removeprefix("sha256:") for digest in used}
+        for directory in self._writable:
+            leases = directory.blobs.leases
+            if leases is None:
+                continue
+            left = leases.inherited - names
+            for name in leases.renew(names, read_here(left) if left else ()):
+                directory.blobs.touch(f"sha256:{name}")  # the end of its use is its last use
+
+    def give_back(self, manifest_digest: str, read_here: Callable[[Iterable[str]], set[str]]) -> None:
+        """Tell the other nodes at once that an image is not used here any more, unless ``read_here`` (see `renew`) knows a reader."""
+        image = self.image(manifest_digest)
+        leases = self.shared.blobs.leases if self.shared is not None else None
+        if image is None or leases is None:
+            return
+        name = image.layer_digest.removeprefix("sha256:")
+        if name in leases.held and not read_here([name]):
+            leases.drop(name)
 
     # -- images
 
@@ -175,120 +259,90 @@ class Store:
         *,
         tag: str | None = None,
     ) -> None:
-        """Keep a manifest with its config blob, and note that ``repository:tag`` means it now.
+        """Keep a manifest with its config blob, and note that ``repository:tag`` means it now: where its layer is or will be.
 
         ``layer`` is the squashfs blob; it may come later or be here. Called again once it is here, the image appears in
         ``index.json``. Cheap when nothing is new.
         """
-        with storage_errors(self.root, "storing a manifest in"):
-            if manifest.config.digest == EMPTY_DIGEST:
-                self._put_bytes(EMPTY_DIGEST, EMPTY_BLOB)
-            elif config is not None:
-                check_digest(config, manifest.config.digest, "the config blob")
-                self._put_bytes(manifest.config.digest, config)
-            self._put_bytes(manifest.digest, manifest.raw)
-            if self._renamed(repository, manifest, layer, tag) is None:
-                return  # without the lock: a full or read-only disk does not matter here
-            with locked(self.root / ".lock"):
-                record = self._renamed(repository, manifest, layer, tag)
-                if record is None:
-                    return
-                if tag is not None:
-                    self._take_tag(repository, tag, manifest.digest)
-                self._write_record(record)
-                self._write_index()
-
-    def _renamed(
-        self, repository: str, manifest: Manifest, layer: Descriptor, tag: str | None
-    ) -> Record | None:
-        """Return the record with the new name; None if that changes nothing."""
-        before = self._record(manifest.digest)
-        after = (before or Record(manifest.digest, layer, ())).named(repository, tag)
-        after = replace(after, listed=self.has(layer.digest))
-        return None if after == before else after
-
-    def _take_tag(self, repository: str, tag: str, manifest_digest: str) -> None:
-        for other in self._records():
-            changed = other.without_tag(repository, tag)
-            if other.manifest_digest != manifest_digest and changed != other:
-                self._write_record(changed)
+        holder = self._holder(layer.digest)
+        first = holder if holder in self._writable else self._pulled_into[0]
+        assert first is not None
+        try:
+            first.put_manifest(repository, manifest, layer, config, tag=tag)
+        except StorageError as error:
+            if first is self._writable[0]:
+                raise
+            # The image can be used all the same; that it is there is known to this node at least.
+            self._note_trouble(first, error)
+            self._writable[0].put_manifest(repository, manifest, layer, config, tag=tag)
 
     def manifest(self, digest: str) -> Manifest | None:
         """Return a manifest of the cache; None if it is not here (or damaged)."""
-        try:
-            return parse_manifest(read_bounded(self._blob(digest), MAX_MANIFEST_BYTES), digest)
-        except (OSError, UenvError):
-            return None
+        return next((found for one in self.directories if (found := one.manifest(digest))), None)
 
     def config(self, manifest: Manifest) -> bytes | None:
         """Return the config blob of a manifest; None if it is not here (or damaged)."""
-        try:
-            data = read_bounded(self._blob(manifest.config.digest), MAX_CONFIG_BYTES)
-            check_digest(data, manifest.config.digest, "the config blob")
-        except (OSError, UenvError):
-            return None
-        return data
+        found = (one.config(manifest) for one in self.directories)
+        return next((config for config in found if config is not None), None)
 
     def images(self, *, complete_only: bool = True) -> list[CachedImage]:
         """Return the images, one for each repository that has it, sorted by repository and digest.
 
         Only those whose squashfs blob is here, unless told otherwise.
         """
-        found = [image for record in self._records() for image in self._cached(record)]
-        found = [image for image in found if image.complete or not complete_only]
-        return sorted(found, key=lambda image: (image.repository, image.manifest_digest))
+        found: dict[tuple[str, str], CachedImage] = {}
+        for image in self._each_image():
+            key = (image.repository, image.manifest_digest)
+            known = found.get(key)
+            found[key] = image if known is None else known.merged(image)
+        kept = [image for image in found.values() if image.complete or not complete_only]
+        return sorted(kept, key=lambda image: (image.repository, image.manifest_digest))
+
+    def _each_image(self) -> Iterator[CachedImage]:
+        for directory in self.directories:
+            try:
+                yield from directory.images(complete_only=False)
+            except StorageError as error:
+                if len(self.directories) == 1:
+                    raise
+                self._note_trouble(directory, error)
+
+    def repositories_of(self, manifest_digest: str) -> set[str]:
+        """Return the repositories in which a manifest was seen."""
+        return {name for one in self.directories for name in one.repositories_of(manifest_digest)}
 
     def image(self, manifest_digest: str) -> CachedImage | None:
         """Return one image by the digest of its manifest, complete or not, as the first repository has it."""
-        record = self._record(manifest_digest)
-        return next(iter(self._cached(record)), None) if record is not None else None
+        found = [image for one in self.directories if (image := one.image(manifest_digest)) is not None]
+        return max(found, key=lambda image: image.complete, default=None)
 
     def pin(self, manifest_digest: str, pinned: bool = True) -> None:
         """Protect an image from eviction, or not any more. Raises `NotFound`."""
-        with storage_errors(self.root, "pinning an image in"), locked(self.root / ".lock"):
-            self._write_record(replace(self._existing(manifest_digest), pinned=pinned))
+        done = False
+        for directory in self._writable:
+            with suppress(NotFound):
+                directory.pin(manifest_digest, pinned)
+                done = True
+        if not done:
+            raise NotFound(f"the image {manifest_digest} is not in the cache")
 
     def evict(self, manifest_digest: str) -> int:
         """Remove an image and return how many bytes that freed; blobs that another image uses stay.
 
         Raises `NotFound`, and `InUse` while somebody has a lease on the squashfs blob, pulls it, or the image is pinned.
         """
-        with storage_errors(self.root, "evicting an image from"), locked(self.root / ".lock"):
-            record = self._existing(manifest_digest)
-            if record.pinned:
-                raise InUse(f"the image {manifest_digest} is pinned", hint="unpin it first")
-            mine = self._blobs_of(record)
-            theirs: set[str] = set()
-            for other in self._records():
-                if other.manifest_digest != manifest_digest:
-                    theirs |= self._blobs_of(other)
-            freed = 0
-            if record.layer.digest not in theirs:
-                freed += self._remove_layer(record.layer.digest)
-            # The record goes before the small blobs: a crash in between leaves unused bytes, never a record without its manifest.
-            self._record_path(manifest_digest).unlink()
-            self._write_index()
-            for digest in mine - theirs - {record.layer.digest}:
-                freed += _remove(self._blob(digest))
-            sync_directory(self._blobs)
-            return freed
+        freed, done = 0, False
+        for directory in self._writable:
+            with suppress(NotFound):
+                freed += directory.evict(manifest_digest)
+                done = True
+        if not done:
+            raise NotFound(f"the image {manifest_digest} is not in the cache")
+        return freed
 
     def collect(self) -> int:
-        """Remove blobs that no image refers to, older than an hour and not leased; return how many bytes that freed."""
-        freed = 0
-        with storage_errors(self.root, "collecting unused blobs in"), locked(self.root / ".lock"):
-            used: set[str] = set()
-            for record in self._records():
-                used |= self._blobs_of(record)
-            for path in self._blobs.iterdir():
-                with suppress(InUse, FileNotFoundError):
-                    if (
-                        f"sha256:{path.name}" not in used
-                        and time.time() - path.stat().st_mtime > UNUSED_KEPT_S
-                    ):
-                        with _exclusive(path):
-                            freed += _remove(path)
-        return freed
+        """Remove blobs of this node's directory that no image refers to, older than an hour and not leased; return the bytes freed."""
+        return self.local.collect() if self.local is not None else 0
 
     # -- what the registry said: see RegistryMemory
 
@@ -318,105 +372,20 @@ class Store:
 
     # -- inside
 
-    def _blob(self, digest: str) -> Path:
-        if not is_digest(digest):
-            raise StorageError(f"{digest!r} is no sha256 digest")
-        return self._blobs / digest.removeprefix("sha256:")
+    def _holder(self, digest: str) -> Directory | None:
+        for directory in self.directories:
+            try:
+                if directory.blobs.has(digest):
+                    return directory
+            except StorageError as error:
+                if len(self.directories) == 1:
+                    raise
+                self._note_trouble(directory, error)
+        return None
 
-    def _put_bytes(self, digest: str, data: bytes) -> None:
-        path = self._blob(digest)
-        if path.exists():
-            self.touch(digest)
-        else:
-            write_atomically(path, data)
-
-    def _remove_layer(self, digest: str) -> int:
-        part = self._partial / f"{self._blob(digest).name}.part"
-        freed = 0
-        if part.exists():
-            with _exclusive(part):
-                freed += _remove(part)
-        if self._blob(digest).exists():
-            with _exclusive(self._blob(digest)):
-                freed += _remove(self._blob(digest))
-        return freed
-
-    def _blobs_of(self, record: Record) -> set[str]:
-        manifest = self.manifest(record.manifest_digest)
-        config = {manifest.config.digest} if manifest is not None else set()
-        return {record.manifest_digest, record.layer.digest} | config
-
-    def _record_path(self, manifest_digest: str) -> Path:
-        return self._images / f"{self._blob(manifest_digest).name}.json"
-
-    def _record(self, manifest_digest: str) -> Record | None:
-        try:
-            return Record.decode(read_bounded(self._record_path(manifest_digest), MAX_RECORD_BYTES))
-        except FileNotFoundError:
-            return None
-        except (OSError, StorageError, ManifestError) as error:
-            log.warning("the record of %s in the cache is unusable: %s", manifest_digest, error)
-            return None
-
-    def _existing(self, manifest_digest: str) -> Record:
-        record = self._record(manifest_digest)
-        if record is None:
-            raise NotFound(f"the image {manifest_digest} is not in the cache")
-        return record
-
-    def _records(self) -> list[Record]:
-        with storage_errors(self._images, "listing"):
-            names = [path.stem for path in self._images.glob("*.json")]
-        found = (self._record(f"sha256:{name}") for name in names if is_digest(f"sha256:{name}"))
-        return [record for record in found if record is not None]
-
-    def _write_record(self, record: Record) -> None:
-        write_atomically(self._record_path(record.manifest_digest), record.encode())
-
-    def _cached(self, record: Record) -> Iterator[CachedImage]:
-        manifest = self.manifest(record.manifest_digest)
-        if manifest is None:
-            return
-        try:
-            last_use_s, complete = self._blob(record.layer.digest).stat().st_mtime, True
-        except OSError:
-            last_use_s, complete = 0.0, False
-        for repository, tags in record.names:
-            yield CachedImage(repository, tags, manifest, record.layer, record.pinned, complete, last_use_s)
-
-    def _write_index(self) -> None:
-        """Derive ``index.json`` from the records, if it says something else."""
-        entries = []
-        for image in self.images():
-            names = [f"{image.repository}:{tag}" for tag in image.tags]
-            for name in names or [f"{image.repository}@{image.manifest_digest}"]:
-                entries.append(replace(image.manifest.descriptor, annotations={REF_NAME: name}).to_json())
-        body = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": entries}
-        data = json.dumps(body, separators=(",", ":")).encode()
-        path = self.root / "index.json"
-        if not path.exists() or path.read_bytes() != data:
-            write_atomically(path, data)
-
-
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file inside the ``with`` block. Raises `InUse` at once if anybody has a lock on it."""
-    # Open for writing: NFS gives an exclusive lock only then.
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InUse(f"{path.name} is in use") from None
-        yield
-    finally:
-        os.close(fd)
-
-
-def _remove(path: Path) -> int:
-    try:
-        size = path.stat().st_blocks * 512
-        path.unlink()
-    except FileNotFoundError:
-        return 0
-    return size
+    def _note_trouble(self, directory: Directory, error: StorageError) -> None:
+        """Log trouble with one directory that another one makes up for, at most once a minute."""
+        now_s = time.monotonic()
+        if now_s - self._trouble.get(directory.root, float("-inf")) >= _TROUBLE_LOG_S:
+            self._trouble[directory.root] = now_s
+            log.warning("%s", error)

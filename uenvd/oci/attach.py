@@ -50,6 +50,8 @@ META_TYPE: Final = "uenv/meta"
 """The directory ``meta`` of an image and what its build left: a gzipped tar archive."""
 REFRAME_TYPE: Final = "uenv/reframe"
 """A report of ReFrame (JSON of ``--report-file``; CSCS attaches JUnit XML), passing or not."""
+VERDICT: Final = "dev.uenvd.tested.verdict"
+"""Annotation of a report: ``pass``, ``fail`` or ``waived``."""
 WAIVER_TYPE: Final = "uenv/waiver"
 """Why an image was deployed without tests: JSON."""
 

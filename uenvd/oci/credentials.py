@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import ctypes
 import json
+import logging
 import os
 import re
+import resource
 import stat
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +25,9 @@ from typing import Any, Final
 
 from uenvd.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
+_PR_SET_DUMPABLE: Final = 4
 MAX_FILE_BYTES: Final = 1 << 20
 HELPER_TIMEOUT_S: Final = 10.0
 _HELPER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -49,22 +55,36 @@ Helper = Callable[[str, str], "Credential | None"]
 class Keyring:
     """The credentials for one registry, each looked up once: a helper is a process. May be used by several threads."""
 
-    def __init__(self, host: str, fixed: Credential | None = None, auth_file: Path | None = None) -> None:
+    def __init__(
+        self,
+        host: str,
+        fixed: Credential | None = None,
+        auth_file: Path | None = None,
+        token_file: Path | None = None,
+        username: str = "",
+    ) -> None:
         self._host = host
         self._fixed = fixed
         self._auth_file = auth_file
+        self._token_file = token_file
+        self._username = username
         self._found: dict[str, Credential | None] = {}
         self._asked: dict[tuple[str, str], Credential | None] = {}
 
     def find(self, repository: str) -> Credential | None:
-        """Return the fixed credential, or that of `find_credential`. Raises `ConfigError`."""
+        """Return the fixed credential, that of the token file, or that of `find_credential`. Raises `ConfigError`."""
         if self._fixed is not None:
             return self._fixed
-        if repository not in self._found:
-            found = find_credential(self._host, repository, auth_file=self._auth_file, ask=self._ask)
-            self._found[repository] = found
-            return found
-        return self._found[repository]
+        found = self._found  # `forget` puts another in its place
+        if self._token_file is not None:
+            repository = ""
+        if repository not in found:
+            found[repository] = (
+                read_token_file(self._token_file, self._username)
+                if self._token_file is not None
+                else find_credential(self._host, repository, auth_file=self._auth_file, ask=self._ask)
+            )
+        return found[repository]
 
     def forget(self) -> None:
         """Look again the next time: somebody may have logged in anew."""
@@ -72,11 +92,22 @@ class Keyring:
         self._asked = {}
 
     def _ask(self, name: str, server: str) -> Credential | None:
-        if (name, server) not in self._asked:
-            answer = ask_helper(name, server)
-            self._asked[name, server] = answer
-            return answer
-        return self._asked[name, server]
+        asked = self._asked
+        if (name, server) not in asked:
+            asked[name, server] = ask_helper(name, server)
+        return asked[name, server]
+
+
+def forbid_core_dumps(*, private: bool) -> None:
+    """Keep credentials in the memory of this process out of core files, those of its children included unless they raise the limit.
+
+    ``private``: out of the reach of other processes of the same user, too (prctl(2), PR_SET_DUMPABLE). Not for a program that becomes the
+    parent of user namespaces: its files in /proc are then root's.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+    if private:
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def find_credential(
@@ -142,6 +173,7 @@ def _usual_files(environ: Mapping[str, str]) -> Iterator[Path]:
 def _load(path: Path, *, required: bool) -> Mapping[str, Any] | None:
     try:
         with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             data = file.read(MAX_FILE_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         if not required:
@@ -157,7 +189,16 @@ def _load(path: Path, *, required: bool) -> Mapping[str, Any] | None:
         raise ConfigError(f"the credentials file {path} is no JSON") from error.with_traceback(None)
     if not isinstance(config, dict):
         raise ConfigError(f"the credentials file {path} is no JSON object")
+    if mode & 0o044 and _holds_secrets(config):
+        log.warning(
+            "the credentials file %s can be read by others (mode %04o): chmod 0600 %s", path, mode, path
+        )
     return config
+
+
+def _holds_secrets(config: Mapping[str, Any]) -> bool:
+    entries = config.get("auths")
+    return isinstance(entries, dict) and any(isinstance(entry, dict) and entry for entry in entries.values())
 
 
 def _from_config(

@@ -62,7 +62,11 @@ class Entry:
     remark: str | None = None
     """How many tests passed, or why they were waived."""
     deprecated: str | None = None
-    """Why nobody should begin to use it; None for an image that may be used."""
+    """What users are told: why nobody should begin to use it, what to use instead, until when it stays. None for an image that may be used."""
+    successor: str | None = None
+    """The label to use instead of a deprecated image."""
+    removal: str | None = None
+    """``YYYY-MM-DD``: a deprecated image stays at least until then."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object; the parts of the label are spelt out for other readers."""
@@ -82,6 +86,8 @@ class Entry:
             "verdict": self.verdict,
             "remark": self.remark,
             "deprecated": self.deprecated,
+            "successor": self.successor,
+            "removal": self.removal,
         }
         return {key: value for key, value in body.items() if value is not None}
 
@@ -165,6 +171,8 @@ def _entry(body: Any, namespace: str, system: str) -> Entry:  # noqa: ANN401 -- 
             verdict=body.get("verdict", "untested"),
             remark=_text(body, "remark"),
             deprecated=_text(body, "deprecated"),
+            successor=_text(body, "successor"),
+            removal=_text(body, "removal"),
         )
         good = (
             is_repository(repository)

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from threading import local
 from typing import Any, Final, cast
@@ -152,6 +153,35 @@ class LayoutRemote:
                     return
         if left:
             raise DigestMismatch(f"{self.address}: the blob {descriptor.digest} is {left} bytes too short")
+
+    def open_range(
+        self,
+        repository: str,
+        descriptor: Descriptor,
+        first_byte: int,
+        end_byte: int,
+        cancelled: Callable[[], bool] = never,
+    ) -> FileRange:
+        """See `Remote.open_range`."""
+        self._check_repository(repository)
+        self._check()
+        path = self._blob(descriptor.digest)
+        with self._readable("reading a blob of"):
+            try:
+                file = path.open("rb", buffering=0)
+            except FileNotFoundError as error:
+                raise NotFound(f"{self.address}: the blob {descriptor.digest} is not there") from error
+            size = os.fstat(file.fileno()).st_size
+        if size != descriptor.size_bytes:
+            file.close()
+            raise DigestMismatch(
+                f"{self.address}: the blob {descriptor.digest} has {size} bytes, not {descriptor.size_bytes}"
+            )
+        return FileRange(file, first_byte, end_byte, self, cancelled)
+
+    def without_mirrors(self) -> LayoutRemote:
+        """See `Remote.without_mirrors`."""
+        return self
 
     def referrers(self, repository: str, digest: str, artifact_type: str | None) -> list[Descriptor]:
         """See `Remote.referrers`. By the tag schema (``sha256-<hex>``), as the oras command does in a layout."""
@@ -357,6 +387,43 @@ class LayoutRemote:
     def _check_repository(self, repository: str) -> None:
         if not is_repository(repository):
             raise RegistryError(f"{repository!r} is no valid repository name")
+
+
+class FileRange:
+    """`uenvd.oci.remote.BlobRange` of a file."""
+
+    ignores_range = False
+    trusted = True
+
+    def __init__(
+        self,
+        file: FileIO,
+        first_byte: int,
+        end_byte: int,
+        layout: LayoutRemote,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        self.first_byte = self._at = first_byte
+        self.end_byte = end_byte
+        self._file = file
+        self._layout = layout
+        self._cancelled = cancelled
+
+    def readinto(self, buffer: memoryview) -> int:
+        """See `BlobRange.readinto`."""
+        self._layout._check()
+        if self._cancelled():
+            raise Cancelled("the transfer was cancelled")
+        with self._layout._readable("reading a blob of"):
+            count = os.preadv(self._file.fileno(), [buffer[: self.end_byte - self._at]], self._at)
+        if not count:
+            raise RegistryUnreachable(f"{self._layout.address}: the file {self._file.name} became shorter")
+        self._at += count
+        return count
+
+    def close(self) -> None:
+        """See `BlobRange.close`."""
+        self._file.close()
 
 
 def _ref_name(entry: dict[str, Any]) -> str:

@@ -94,6 +94,32 @@ def read_packed_meta(packed: bytes) -> ImageMeta | None:
     return read_image_meta(read)
 
 
+def packed_texts(packed: bytes, directory: str, limit_bytes: int) -> dict[str, str]:
+    """Return the UTF-8 files of a gzipped tar archive whose names begin with ``directory``, named without it.
+
+    What would make them more than ``limit_bytes`` together, other kinds of files and binary ones are left out. Raises `ManifestError`.
+    """
+    stream = _Unpacked(packed)
+    texts: dict[str, str] = {}
+    for _ in range(_MAX_ENTRIES):
+        header = stream.take(_BLOCK)
+        if len(header) < _BLOCK or not any(header):
+            break
+        size, name = _size(header), _name(header)
+        padded = -(-size // _BLOCK) * _BLOCK
+        inside = name.startswith(directory) and name.isprintable() and ".." not in name.split("/")
+        if header[156:157] not in {b"0", b"\0"} or not inside or size > limit_bytes:
+            stream.skip(padded)
+            continue
+        data = stream.take(padded)[:size]
+        limit_bytes -= size
+        try:
+            texts[name.removeprefix(directory)] = data.decode()
+        except UnicodeDecodeError:
+            continue
+    return texts
+
+
 def find_packed(packed: bytes, name: str) -> bytes | None:
     """Return one regular file of at most 1 MiB of a gzipped tar archive; None where it is not there. Raises `ManifestError`."""
     stream = _Unpacked(packed)

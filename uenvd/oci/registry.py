@@ -6,12 +6,10 @@ import random
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlencode
-
-import requests
 
 from uenvd.errors import (
     DigestMismatch,
@@ -19,7 +17,6 @@ from uenvd.errors import (
     NotFound,
     RegistryDenied,
     RegistryError,
-    RegistryUnreachable,
     UenvError,
 )
 from uenvd.oci.credentials import Credential, Keyring
@@ -39,6 +36,7 @@ from uenvd.oci.manifest import (
     media_type_of,
     parse_manifest,
 )
+from uenvd.oci.ranged import OPEN_READS, HttpRange, sent_range
 from uenvd.oci.reference import (
     RegistryAddress,
     check_reference,
@@ -61,7 +59,6 @@ _UNKNOWN_BLOB_PAUSES_S: Final = (0.1, 0.3)
 _UPDATES: Final = tuple(threading.Lock() for _ in range(64))
 _ACCEPT = ", ".join([MANIFEST_TYPE, DOCKER_MANIFEST_TYPE, INDEX_TYPE, DOCKER_INDEX_TYPE])
 _NEXT = re.compile(r"<([^>]*)>\s*;[^,]*\brel\s*=\s*\"?next\"?")
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 
 
 class RegistryRemote:
@@ -77,11 +74,13 @@ class RegistryRemote:
         timeout_connect_s: float = 5.0,
         timeout_read_s: float = 30.0,
         deadline_s: float | None = None,
+        token_file: Path | None = None,
+        username: str = "",
     ) -> None:
         self.address = address
         self._http = Transport(
             address,
-            keyring=Keyring(address.host, credential, auth_file),
+            keyring=Keyring(address.host, credential, auth_file, token_file, username),
             ca_file=ca_file,
             timeout_connect_s=timeout_connect_s,
             timeout_read_s=timeout_read_s,
@@ -184,45 +183,85 @@ class RegistryRemote:
             raise ValueError(f"offset {offset_bytes} outside of a blob of {size} bytes")
         if offset_bytes == size:
             return
-        what = f"the blob {descriptor.digest} of {repository}"
-        # Closed: some registries answer 416 to an open range.
-        headers = {"Range": f"bytes={offset_bytes}-{size - 1}"} if offset_bytes else {}
-        url = self._url(repository, f"blobs/{descriptor.digest}")
+        at, blob = 0, None
+        try:
+            while at < size:
+                if blob is None:
+                    blob = self._opened_repeatedly(repository, descriptor, offset_bytes, cancelled)
+                    at = blob.first_byte
+                buffer = bytearray(min(PIECE_BYTES, size - at))
+                count = blob.readinto(memoryview(buffer))
+                at += count
+                if at > offset_bytes:
+                    del buffer[count:]
+                    yield bytes(buffer[max(0, offset_bytes - at + count) :])
+        finally:
+            if blob is not None:
+                blob.close()
 
-        def opened() -> requests.Response:
-            return self._http.open(
-                url, scope=self._scope(repository), what=what, headers=headers, accept=frozenset({200, 206})
+    def open_range(
+        self,
+        repository: str,
+        descriptor: Descriptor,
+        first_byte: int,
+        end_byte: int,
+        cancelled: Callable[[], bool] = never,
+    ) -> HttpRange:
+        """See `Remote.open_range`."""
+        with (
+            self._http.watch(OPEN_READS * self._http.timeout_read_s, cancelled),
+            self._http.errors(self._blob_name(repository, descriptor)),
+        ):
+            return self._open(repository, descriptor, first_byte, end_byte, cancelled)
+
+    def _opened_repeatedly(
+        self, repository: str, descriptor: Descriptor, first_byte: int, cancelled: Callable[[], bool]
+    ) -> HttpRange:
+        with (
+            self._http.watch(None, cancelled) as watch,
+            self._http.errors(self._blob_name(repository, descriptor)),
+        ):
+            return self._http.repeatedly(
+                lambda: self._open(repository, descriptor, first_byte, descriptor.size_bytes, cancelled),
+                watch,
             )
 
-        response: requests.Response | None = None
-        skip, left = 0, size - offset_bytes
+    def _open(
+        self,
+        repository: str,
+        descriptor: Descriptor,
+        first_byte: int,
+        end_byte: int,
+        cancelled: Callable[[], bool],
+    ) -> HttpRange:
+        self._check_repository(repository)
+        size = descriptor.size_bytes
+        if not 0 <= first_byte < end_byte <= size:
+            raise ValueError(f"bytes {first_byte}..{end_byte} are no part of a blob of {size} bytes")
+        # Closed: some registries answer 416 to an open range.
+        whole = first_byte == 0 and end_byte == size
+        headers = {} if whole else {"Range": f"bytes={first_byte}-{end_byte - 1}"}
+        what = self._blob_name(repository, descriptor)
+        response = self._http.open(
+            self._url(repository, f"blobs/{descriptor.digest}"),
+            scope=self._scope(repository),
+            what=what,
+            headers=headers,
+            accept=frozenset({200, 206}),
+        )
         try:
-            while left:
-                # The watch is set for each piece, not across ``yield``: it belongs to the thread that reads, and only while it reads.
-                with self._http.watch(None, cancelled) as watch, self._http.errors(what):
-                    if response is None:
-                        response = self._http.repeatedly(opened, watch)
-                        skip = _skip(response, offset_bytes, size, what)
-                    piece: bytes = response.raw.read1(PIECE_BYTES, decode_content=False)
-                if not piece:
-                    raise RegistryUnreachable(
-                        f"{self.address.host}: {what}: the transfer broke off {left + skip} bytes too early"
-                    )
-                if skip:
-                    dropped = min(skip, len(piece))
-                    skip -= dropped
-                    piece = piece[dropped:]
-                piece = piece[:left]
-                left -= len(piece)
-                if not left:
-                    # The end of the body gives the connection back to the pool.
-                    with self._http.watch(1.0, cancelled), suppress(UenvError), self._http.errors(what):
-                        response.raw.read1(1, decode_content=False)
-                if piece:
-                    yield piece
-        finally:
-            if response is not None:
-                response.close()
+            first, end = sent_range(response, first_byte, end_byte, size, what)
+        except BaseException:
+            response.close()
+            raise
+        return HttpRange(self._http, response, first, end, what, cancelled, ignores_range=end > end_byte)
+
+    def without_mirrors(self) -> RegistryRemote:
+        """See `Remote.without_mirrors`."""
+        return self
+
+    def _blob_name(self, repository: str, descriptor: Descriptor) -> str:
+        return f"the blob {descriptor.digest} of {repository}"
 
     def repositories(self, prefix: str) -> list[str]:
         """See `Remote.repositories`."""
@@ -407,19 +446,3 @@ class RegistryRemote:
                 if url in seen or not self._http.is_ours(url) or len(found) > MAX_ENTRIES:
                     break
         raise RegistryError(f"{self.address.host}: {what} does not end, or leads to another host")
-
-
-def _skip(response: requests.Response, offset_bytes: int, size_bytes: int, what: str) -> int:
-    """Check the answer to a ranged request; return how many bytes of its body come before the offset."""
-    if response.status_code == 206:
-        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
-        if match is None:
-            raise RegistryError(f"{what}: the registry sent a part of it without saying which")
-        start, total = int(match.group(1)), match.group(3)
-        if start > offset_bytes or total not in {"*", str(size_bytes)}:
-            raise RegistryError(f"{what}: the registry sent another part of it than the one asked for")
-        return offset_bytes - start
-    length = response.headers.get("Content-Length", "")
-    if length.isascii() and length.isdigit() and int(length[:19]) != size_bytes:
-        raise DigestMismatch(f"{what}: the registry has {length} bytes, the manifest says {size_bytes}")
-    return offset_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,27 @@ def never() -> bool:
 
 def no_progress(_done_bytes: int, _total_bytes: int) -> None:
     """Report to nobody."""
+
+
+class BlobRange(Protocol):
+    """Bytes of a blob on their way. For one thread; close it."""
+
+    first_byte: int
+    """Where they begin: at the byte that was asked for, or before it."""
+    end_byte: int
+    """Where they end: at or before the end that was asked for; behind it where ranges are ignored."""
+    ignores_range: bool
+    """The place sends the whole blob whatever it is asked for."""
+    trusted: bool
+    """They come from the place itself and not from a mirror of it."""
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill a part of the buffer with the next bytes, at least one. Raises `RegistryUnreachable` where they break off or stall, `Cancelled`."""
+        ...
+
+    def close(self) -> None:
+        """End the transfer; a connection whose bytes were all read is used again."""
+        ...
 
 
 class Remote(Protocol):
@@ -71,6 +92,24 @@ class Remote(Protocol):
         self, repository: str, descriptor: Descriptor, offset_bytes: int, cancelled: Callable[[], bool]
     ) -> Iterator[bytes]:
         """Yield the bytes of a blob from an offset on, in pieces of at most 1 MiB. **Nothing is checked** but their number."""
+        ...
+
+    def open_range(
+        self,
+        repository: str,
+        descriptor: Descriptor,
+        first_byte: int,
+        end_byte: int,
+        cancelled: Callable[[], bool] = never,
+    ) -> BlobRange:
+        """Ask once for the bytes ``first_byte`` to ``end_byte`` - 1 of a blob. **Nothing is checked** but their number.
+
+        `RegistryUnreachable.retry_after_s` says how long the place asks to be left alone.
+        """
+        ...
+
+    def without_mirrors(self) -> Remote:
+        """Return the place itself, for bytes that a mirror had wrong."""
         ...
 
     def repositories(self, prefix: str) -> list[str]:
@@ -138,12 +177,43 @@ def open_remote(
     timeout_connect_s: float = 5.0,
     timeout_read_s: float = 30.0,
     deadline_s: float | None = None,
+    token_file: Path | None = None,
+    username: str = "",
+    mirrors: Sequence[RegistryAddress] = (),
+    mirrors_resolve: bool = False,
 ) -> Remote:
     """Return a client of the registry or layout. Nothing is opened or connected yet.
 
-    ``credential`` is used as it is; otherwise credentials are looked for in ``auth_file`` or, without one, where docker,
-    podman and oras keep them (`uenvd.oci.credentials`). ``deadline_s`` bounds each metadata call that has no `Remote.deadline`.
+    ``credential`` is used as it is, and so is the token in ``token_file`` (with ``username``); otherwise credentials are looked for in
+    ``auth_file`` or, without one, where docker, podman and oras keep them (`uenvd.oci.credentials`): for ``mirrors`` always.
+    ``deadline_s`` bounds each metadata call that has no `Remote.deadline`. For mirrors see `uenvd.oci.mirrors`.
     """
+    if mirrors:
+        from uenvd.oci.mirrors import MirroredRemote
+
+        source = open_remote(
+            address,
+            credential=credential,
+            auth_file=auth_file,
+            ca_file=ca_file,
+            timeout_connect_s=timeout_connect_s,
+            timeout_read_s=timeout_read_s,
+            deadline_s=deadline_s,
+            token_file=token_file,
+            username=username,
+        )
+        others = [
+            open_remote(
+                mirror,
+                auth_file=auth_file,
+                ca_file=ca_file,
+                timeout_connect_s=min(timeout_connect_s, 2.0),
+                timeout_read_s=timeout_read_s,
+                deadline_s=deadline_s,
+            )
+            for mirror in mirrors
+        ]
+        return MirroredRemote(source, others, resolve=mirrors_resolve)
     if address.kind == "layout":
         from uenvd.oci.layout import LayoutRemote
 
@@ -159,4 +229,6 @@ def open_remote(
         timeout_connect_s=timeout_connect_s,
         timeout_read_s=timeout_read_s,
         deadline_s=deadline_s,
+        token_file=token_file,
+        username=username,
     )

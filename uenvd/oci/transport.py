@@ -42,6 +42,7 @@ _ATTEMPTS: Final = 4
 _BACKOFF_S: Final = 0.25
 _RETRY_AFTER_CAP_S: Final = 30.0
 _TRANSIENT: Final = frozenset({429, 500, 502, 503, 504})
+_EXPIRED: Final = frozenset({400, 401, 403, 404, 410})
 _FOREIGN = (
     requests.RequestException,
     urllib3.exceptions.HTTPError,
@@ -55,8 +56,11 @@ _SYSTEM_CA_FILES = (
     "/etc/ssl/ca-bundle.pem",
 )
 
-# oras-py logs to its own handler on stderr; what is worth saying is said by our exceptions.
+# oras-py logs to its own handler on stderr; what is worth saying is said by our exceptions. urllib3 logs addresses with their
+# signatures when a program logs everything.
 logging.getLogger("oras.logger").disabled = True
+for _name in ("urllib3", "requests"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 Answer = TypeVar("Answer")
@@ -133,7 +137,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
         super().__init__(address.host, insecure=address.plain_http, tls_verify=verify, auth_backend="uenvd")
         self.address = address
         self._keyring = keyring
-        self._timeout_read_s = timeout_read_s
+        self.timeout_read_s = timeout_read_s
         self._deadline_s = deadline_s
         # Without this, requests takes passwords from ~/.netrc.
         self.session.trust_env = False
@@ -177,7 +181,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
             def cancelled() -> bool:
                 return inner() or outer.cancelled()
 
-        with watching(Watch(min(ends, default=None), cancelled, self._timeout_read_s)) as watch:
+        with watching(Watch(min(ends, default=None), cancelled, self.timeout_read_s)) as watch:
             yield watch
 
     def bounded(self) -> AbstractContextManager[Watch]:
@@ -299,6 +303,11 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
         status = response.status_code
         said = _registry_says(response)
         text = f"{self._host}: {what}: {said}" if said else f"{self._host}: {what}: HTTP {status}"
+        if not self.is_ours(response.url or "") and status in _EXPIRED:
+            # Signed addresses expire, each kind of storage says so in its own way: the registry gives a new one.
+            return _Again(
+                RegistryUnreachable(f"{self._host}: {what}: its storage answers HTTP {status}"), None
+            )
         if status in {401, 403}:
             return RegistryDenied(text)
         if status in {404, 410}:
@@ -317,6 +326,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]
         try:
             yield
         except _Again as again:
+            again.error.retry_after_s = again.after_s
             raise again.error from None
         except DeadlineOver:
             raise RegistryUnreachable(f"{self._host} did not answer in time ({what})") from None

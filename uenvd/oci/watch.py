@@ -26,6 +26,8 @@ from uenvd.errors import Cancelled
 
 TICK_S: Final = 0.2
 """How late a deadline or a cancellation may be noticed."""
+ENOUGH_BYTES: Final = 256 << 10
+GATHER_S: Final = 0.05
 
 
 class ReadStalled(Exception):
@@ -127,9 +129,48 @@ class _TickingSocket:
         return io.BufferedReader(_TickingReader(self._sock, self._sock.makefile("rb")), 65536)
 
 
-class _Response(http.client.HTTPResponse):
+class Response(http.client.HTTPResponse):
+    """An answer whose body can be received straight into a buffer of the caller's: `requests` and urllib3 copy it twice."""
+
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 -- handed through
         super().__init__(cast("socket.socket", _TickingSocket(sock)), *args, **kwargs)
+        self._failure: Exception | None = None
+
+    def receive_into(self, buffer: memoryview) -> int:
+        """Fill a part of the buffer with what follows of the body; 0 at its end, which may have come too early.
+
+        Returns with `ENOUGH_BYTES`, or with less as soon as `GATHER_S` are over. What was received before an error is returned first.
+        """
+        if self._failure is not None:
+            raise self._failure
+        filled, begin = 0, time.monotonic()
+        try:
+            while filled < len(buffer):
+                count = self._receive(buffer[filled:])
+                filled += count
+                if not count or filled >= ENOUGH_BYTES or time.monotonic() - begin > GATHER_S:
+                    break
+        except Exception as error:
+            if not filled:
+                raise
+            self._failure = error
+        return filled
+
+    def _receive(self, buffer: memoryview) -> int:
+        if self.isclosed():
+            return 0
+        if self.chunked:
+            data = self.read1(len(buffer))
+            buffer[: len(data)] = data
+            return len(data)
+        if self.length is not None:
+            buffer = buffer[: self.length]
+        count = self.fp.readinto1(buffer)
+        if self.length is not None:
+            self.length -= count
+        if not count or self.length == 0:
+            self._close_conn()  # type: ignore[attr-defined]  # what http.client's own readers do at the end of a body
+        return count
 
 
 def _resolve(host: str, port: int, timeout_s: float) -> list[str]:
@@ -158,7 +199,7 @@ def _resolve(host: str, port: int, timeout_s: float) -> list[str]:
 class _Bounded(urllib3.connection.HTTPConnection):
     """Name look-up and all connection attempts together stay within the connect timeout; sending has the read timeout."""
 
-    response_class = _Response
+    response_class = Response
 
     def send(self, data: Any) -> None:  # noqa: ANN401 -- whatever http.client sends
         # A pooled socket still has the timeout of its last read, and urllib3 gives a new one the *connect* timeout for sends:

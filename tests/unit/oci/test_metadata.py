@@ -15,7 +15,7 @@ import pytest
 from support.publishing import env_json
 from uenvd.errors import ManifestError, UsageError
 from uenvd.oci.manifest import digest_of
-from uenvd.oci.metadata import find_packed, pack_directory, read_packed_meta
+from uenvd.oci.metadata import find_packed, pack_directory, packed_texts, read_packed_meta
 
 META = env_json("app", mount="/user-tools", views={"default": {"scalar": {"A": "1"}}})
 
@@ -119,3 +119,32 @@ def _endless() -> list[bytes]:
 
 def test_no_metadata_is_no_error() -> None:
     assert read_packed_meta(archive_of("meta/configure.json", json.dumps({}).encode())) is None
+
+
+def test_texts_of_a_directory_are_bounded() -> None:
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w") as archive:
+        for name, data in (
+            ("meta/recipe/a.yaml", b"a" * 600),
+            ("./meta/recipe/sub/b", "ü".encode()),
+            ("meta/recipe/binary", b"\xff"),
+            ("meta/recipe/../../etc/passwd", b"x"),
+            ("meta/recipe/new\nline", b"x"),
+            ("meta/recipe/too-much", b"c" * 600),
+            ("meta/env.json", b"{}"),
+            ("meta/recipe/last", b"z"),
+        ):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+        link = tarfile.TarInfo("meta/recipe/link")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    packed = gzip.compress(plain.getvalue())
+    assert packed_texts(packed, "meta/recipe/", 1000) == {"a.yaml": "a" * 600, "sub/b": "ü", "last": "z"}
+    assert packed_texts(packed, "meta/other/", 1000) == {}
+    assert packed_texts(gzip.compress(b""), "meta/recipe/", 1000) == {}
+    with pytest.raises(ManifestError):
+        packed_texts(b"no gzip", "meta/recipe/", 1000)
+    with pytest.raises(ManifestError, match="more than 64 MiB"):
+        packed_texts(gzip.compress(b"".join(_endless())), "meta/recipe/", 1000)

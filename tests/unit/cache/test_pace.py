@@ -1,0 +1,54 @@
+from uenvd.cache.pace import HOLD_S, Pace
+
+STEP_S = 0.01
+
+
+def drive(pace: Pace, seconds: float, rate_of: dict[int, float], start_s: float = 0.0) -> tuple[float, int]:
+    """Receive for a while at the rate that so many connections have; return (the time now, how often it went back to one)."""
+    now, backs = start_s, 0
+    while now < start_s + seconds:
+        now += STEP_S
+        backs += pace.gained(int(rate_of[pace.allowed] * STEP_S), now)
+    return now, backs
+
+
+def test_connections_that_are_limited_each_are_all_used() -> None:
+    pace = Pace(4)
+    assert pace.allowed == 1
+    _, backs = drive(pace, 1.0, {1: 200e6, 4: 800e6})
+    assert pace.allowed == 4 and backs == 0
+
+
+def test_a_limited_processor_or_line_gets_one_and_is_tried_again_later() -> None:
+    pace = Pace(4)
+    now, backs = drive(pace, 0.6, {1: 900e6, 4: 750e6})
+    assert pace.allowed == 1 and backs == 1
+    now, _ = drive(pace, HOLD_S + 0.6, {1: 100e6, 4: 400e6}, now)
+    assert pace.allowed == 4
+
+
+def test_a_slow_link_is_decided_too() -> None:
+    pace = Pace(4)
+    drive(pace, 6.0, {1: 100e3, 4: 400e3})
+    assert pace.allowed == 4
+
+
+def test_a_place_that_asks_for_less_gets_less_and_slowly_more() -> None:
+    pace = Pace(4)
+    drive(pace, 1.0, {1: 200e6, 4: 800e6})
+    pace.refused()
+    assert pace.allowed == 2
+    pace.refused()
+    pace.refused()
+    assert pace.allowed == 1
+    for _ in range(3):
+        pace.served()
+    assert pace.allowed == 4
+
+
+def test_one_connection_is_one() -> None:
+    pace = Pace(1)
+    drive(pace, 1.0, {1: 1e6})
+    pace.refused()
+    pace.served()
+    assert pace.allowed == 1

@@ -1,0 +1,180 @@
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from uenvd.cache import partial as partial_module
+from uenvd.cache.partial import Partial, map_of, received_bytes
+from uenvd.errors import DigestMismatch, InUse
+from uenvd.oci.manifest import Descriptor
+
+DATA = bytes(range(256)) * 400
+LAYER = Descriptor("x", "sha256:" + hashlib.sha256(DATA).hexdigest(), len(DATA))
+HALF = len(DATA) // 2
+
+
+class LostClaim:
+    def __init__(self) -> None:
+        self.lost = self.released = False
+
+    def check(self) -> None:
+        if self.lost:
+            raise InUse("another node has it")
+
+    def release(self) -> None:
+        self.released = True
+
+
+def begin(tmp_path: Path, claim: LostClaim | None = None) -> Partial:
+    part = tmp_path / "blob.part"
+    return Partial(LAYER, part, tmp_path / "blob", claim or LostClaim())
+
+
+def test_bytes_in_any_order(tmp_path: Path) -> None:
+    with begin(tmp_path) as partial:
+        partial.write_at(HALF, DATA[HALF:])
+        assert (partial.offset_bytes, partial.held_bytes) == (0, len(DATA) - HALF)
+        partial.write_at(0, DATA[:HALF])
+        assert partial.offset_bytes == len(DATA)
+        assert partial.read_at(HALF - 10, 20) == DATA[HALF - 10 : HALF + 10]
+        partial.commit()
+    assert (tmp_path / "blob").read_bytes() == DATA
+    assert [path.name for path in tmp_path.iterdir()] == ["blob"]
+
+
+def test_what_was_recorded_is_continued_wherever_it_lies(tmp_path: Path) -> None:
+    with begin(tmp_path) as partial:
+        partial.write_at(1000, DATA[1000:2000])
+        partial.write_at(HALF, DATA[HALF:])
+    assert received_bytes(tmp_path / "blob.part") == 1000 + len(DATA) - HALF
+    with begin(tmp_path) as partial:
+        assert list(partial.held) == [(1000, 2000), (HALF, len(DATA))]
+        assert partial.resumed_bytes == partial.held_bytes
+        for first, end in list(partial.held.gaps(0, len(DATA))):
+            partial.write_at(first, DATA[first:end])
+        partial.commit()
+    assert (tmp_path / "blob").read_bytes() == DATA
+
+
+def test_after_a_power_failure_only_what_was_durable_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with begin(tmp_path) as partial:
+        partial.write_at(0, DATA[:1000])
+        partial.sync()
+        partial.write_at(5000, DATA[5000:6000])
+    monkeypatch.setattr(partial_module, "_boot_id", lambda: "another-boot")
+    with begin(tmp_path) as partial:
+        assert list(partial.held) == [(0, 1000)]
+        partial.write_at(2000, DATA[2000:3000])
+    monkeypatch.setattr(partial_module, "_boot_id", lambda: "a-third-boot")
+    with begin(tmp_path) as partial:
+        assert list(partial.held) == [(0, 1000)], "what was durable stays so in a new map"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"\0" * 100,
+        b"uenvd-map-1 5 x\nw 0 5\n",
+        b"uenvd-map-1 102400 BOOT\nw 0 1000\nw 5 3\nw 2000 3000\n",
+        b"uenvd-map-1 102400 BOOT\nw 0 1000\n\0\0\0\0\0\0\nw 2000 3000\n",
+        b"uenvd-map-1 102400 BOOT\nw 0 1000\nw 2000 30",
+        b"uenvd-map-1 102400 BOOT\nw 0 1000\nw -5 3\nw 0 99999999999999999999999\nw 0 102401\n",
+    ],
+)
+def test_a_damaged_map_is_believed_up_to_the_damage(tmp_path: Path, damage: bytes) -> None:
+    with begin(tmp_path) as partial:
+        partial.write_at(0, DATA)
+    boot = partial_module._boot_id().encode()
+    map_of(tmp_path / "blob.part").write_bytes(damage.replace(b"BOOT", boot))
+    with begin(tmp_path) as partial:
+        assert list(partial.held) in ([], [(0, 1000)])
+        assert bool(partial.held_bytes) == (b"BOOT" in damage)
+
+
+def test_a_map_does_not_speak_for_bytes_that_are_not_in_the_file(tmp_path: Path) -> None:
+    with begin(tmp_path) as partial:
+        partial.write_at(0, DATA)
+    os.truncate(tmp_path / "blob.part", 5000)
+    with begin(tmp_path) as partial:
+        assert list(partial.held) == [(0, 5000)]
+    (tmp_path / "blob.part").unlink()
+    with begin(tmp_path) as partial:
+        assert partial.held_bytes == 0, "the map of a part that was removed is nobody's"
+    (tmp_path / "blob.part").write_bytes(DATA + b"more")
+    with begin(tmp_path) as partial:
+        assert partial.held_bytes == 0
+
+
+def test_wrong_bytes_are_forgotten_for_good(tmp_path: Path) -> None:
+    with begin(tmp_path) as partial:
+        partial.write_at(0, DATA[:1000] + bytes(1000) + DATA[2000:])
+        partial.catch_up()
+        partial.discard(1000, 2000)
+        assert partial.offset_bytes == 1000
+    with begin(tmp_path) as partial:
+        assert list(partial.held) == [(0, 1000), (2000, len(DATA))]
+        partial.write_at(1000, DATA[1000:2000])
+        partial.commit()
+    assert (tmp_path / "blob").read_bytes() == DATA
+
+
+def test_the_whole_is_checked(tmp_path: Path) -> None:
+    with begin(tmp_path) as partial:
+        partial.write_at(0, DATA[:-1] + b"?")
+        with pytest.raises(DigestMismatch):
+            partial.commit()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lost_claim_neither_commits_nor_removes(tmp_path: Path) -> None:
+    claim = LostClaim()
+    partial = begin(tmp_path, claim)
+    partial.write_at(0, DATA)
+    claim.lost = True
+    with pytest.raises(InUse):
+        partial.commit()
+    assert claim.released and (tmp_path / "blob.part").exists() and not (tmp_path / "blob").exists()
+    claim = LostClaim()
+    partial = begin(tmp_path, claim)
+    claim.lost = True
+    partial.abort()
+    assert (tmp_path / "blob.part").exists()
+
+
+def test_nobody_writes_after_the_end(tmp_path: Path) -> None:
+    partial = begin(tmp_path)
+    stop = threading.Event()
+    ends: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            while not stop.is_set():
+                partial.write_at(0, DATA[:5000])
+        except InUse as error:
+            ends.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    partial.keep()
+    files = [os.open("/dev/null", os.O_RDONLY) for _ in range(4)]
+    for thread in threads:
+        thread.join(10)
+    stop.set()
+    for file in files:
+        os.close(file)
+    assert len(ends) == 4, "and not a write into a file that got the same number"
+
+
+def test_bytes_outside_of_the_blob(tmp_path: Path) -> None:
+    with begin(tmp_path) as partial:
+        for first, data in ((-1, b"x"), (len(DATA), b"x"), (len(DATA) - 1, b"xy")):
+            with pytest.raises(ValueError, match="no part"):
+                partial.write_at(first, data)
+        with pytest.raises(ValueError, match="not there"):
+            partial.read_at(0, 1)

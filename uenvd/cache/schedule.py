@@ -1,0 +1,115 @@
+"""Which bytes of a blob to ask for next. Pure: a state that the threads of a transfer share under their own lock."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from uenvd.cache.ranges import Ranges
+
+MIN_PIECE_BYTES: Final = 4 << 20
+URGENT_PIECE_BYTES: Final = 4 << 20
+CUT_BYTES: Final = 256 << 10
+"""A demand for what a connection brings anyway within so many bytes waits for it."""
+
+
+@dataclass(eq=False, slots=True)
+class Task:
+    """Bytes ``[at, end)`` that one connection fetches. ``end`` may shrink while it does: look at it before each read."""
+
+    at: int
+    end: int
+    urgent: bool = False
+
+
+class Schedule:
+    """The bytes of one blob: on disk, on their way, demanded, missing.
+
+    The blob is filled from its beginning in pieces of ``piece_bytes``, smaller ones near the end, where all connections should finish at
+    about the same moment. What is demanded goes first. With ``fill`` false nothing else is fetched.
+    """
+
+    def __init__(
+        self, size_bytes: int, held: Ranges, *, piece_bytes: int, connections: int, fill: bool = True
+    ) -> None:
+        self.size_bytes = size_bytes
+        self.held = held
+        self.fill = fill
+        self._piece_bytes = piece_bytes
+        self._connections = connections
+        self._tasks: list[Task] = []
+        self._demands: deque[tuple[int, int]] = deque()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte is on disk."""
+        return self.held.total_bytes >= self.size_bytes
+
+    @property
+    def urgent(self) -> bool:
+        """Whether something that was demanded is missing yet."""
+        return any(True for demand in self._demands for _ in self.held.gaps(*demand)) or any(
+            task.urgent for task in self._tasks
+        )
+
+    def demand(self, first: int, end: int) -> None:
+        """Put bytes before all others. A connection that would reach them late gives them up."""
+        first, end = max(0, first), min(end, self.size_bytes)
+        if self.held.covers(first, end):
+            return
+        for task in self._tasks:
+            if not task.urgent and task.at + CUT_BYTES < first < task.end:
+                task.end = first
+        self._demands.append((first, end))
+
+    def take(self, *, urgent_only: bool = False) -> Task | None:
+        """Return the next bytes to fetch; None when everything is on disk or on its way. Pair with `give_back`."""
+        while self._demands:
+            first, end = self._demands[0]
+            if self.held.covers(first, end):
+                self._demands.popleft()
+                continue
+            gap = next(self._missing(first, end), None)
+            if gap is None:
+                break  # on its way
+            return self._begin(gap[0], min(gap[1], gap[0] + URGENT_PIECE_BYTES), urgent=True)
+        if urgent_only or not self.fill:
+            return None
+        gap = next(self._missing(0, self.size_bytes), None)
+        if gap is None:
+            return None
+        left = self.size_bytes - self.held.total_bytes - sum(task.end - task.at for task in self._tasks)
+        piece = min(self._piece_bytes, max(MIN_PIECE_BYTES, left // (2 * self._connections)))
+        return self._begin(gap[0], min(gap[1], gap[0] + piece), urgent=False)
+
+    def written(self, first: int, end: int) -> None:
+        """Note that bytes are on disk."""
+        self.held.add(first, end)
+
+    def give_back(self, task: Task) -> None:
+        """End a task; what it has not brought is missing again."""
+        if task in self._tasks:
+            self._tasks.remove(task)
+
+    def cut_to_first(self) -> None:
+        """Make all but the foremost connection give up what they have not brought yet."""
+        filling = sorted((task for task in self._tasks if not task.urgent), key=lambda task: task.at)
+        for task in filling[1:]:
+            task.end = task.at
+
+    def discard(self, first: int, end: int) -> None:
+        """Note that bytes on disk are wrong."""
+        self.held.remove(first, end)
+
+    def _begin(self, first: int, end: int, *, urgent: bool) -> Task:
+        task = Task(first, end, urgent)
+        self._tasks.append(task)
+        return task
+
+    def _missing(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield what of ``[first, end)`` is neither on disk nor on its way."""
+        busy = Ranges((task.at, task.end) for task in self._tasks)
+        for start, stop in self.held.gaps(first, end):
+            yield from busy.gaps(start, stop)

@@ -1,0 +1,458 @@
+"""The transfer of one blob: ranges over several connections, hashed in order while they arrive.
+
+Concurrency: `Transfer.run` blocks in the caller's thread and starts daemon threads: workers (a connection each), one that hashes behind the
+first gap, one that makes durable. All state is under one lock, which nobody holds across I/O. A thread that hangs in a system call when the
+transfer is over (a connection that is being made, a stuck disk) cannot write any more: `Partial` refuses it.
+
+What bounds a transfer: a connection attempt, the head of an answer, silence, the rate over a window, each piece as a whole (at
+`Tuning.min_rate_bytes_per_s`), and the failures of a piece in a row. Each piece is repeated alone, from the byte it got to.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from uenvd.cache.pace import Pace
+from uenvd.cache.partial import Partial
+from uenvd.cache.schedule import Schedule, Task
+from uenvd.errors import (
+    Cancelled,
+    InternalError,
+    InUse,
+    RegistryDenied,
+    RegistryUnreachable,
+    UenvError,
+)
+from uenvd.oci.manifest import Descriptor
+from uenvd.oci.remote import BlobRange, Progress, Remote, never, no_progress
+
+log = logging.getLogger(__name__)
+
+BUFFER_BYTES: Final = 1 << 20
+RECORD_BYTES: Final = 4 << 20
+"""After `kill -9` at most so much of each piece is fetched again."""
+RECORD_S: Final = 0.25
+FLUSH_BYTES: Final = 64 << 20
+FLUSH_S: Final = 5.0
+REPORT_S: Final = 0.1
+ATTEMPTS: Final = 6
+"""Failures of one piece in a row; each `GAIN_BYTES` gained start the count again."""
+DENIALS: Final = 3
+GAIN_BYTES: Final = 16 << 10
+BACKOFF_S: Final = 0.5
+BACKOFF_CAP_S: Final = 15.0
+RETRY_AFTER_CAP_S: Final = 60.0
+RATE_WINDOW_S: Final = 20.0
+PIECE_GRACE_S: Final = 120.0
+URGENT_CONNECTIONS: Final = 2
+YIELD_S: Final = 5.0
+"""How long the background lets demanded bytes go first before it takes its turn."""
+_TICK_S: Final = 0.1
+_END_S: Final = 0.3
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a blob is fetched."""
+
+    connections: int = 4
+    piece_bytes: int = 16 << 20
+    min_rate_bytes_per_s: int = 16 << 10
+    """A connection that is slower for `RATE_WINDOW_S` is given up, and a piece that is slower as a whole fails the transfer."""
+
+
+Arrived = Callable[[int, int], None]
+"""Called with (first byte, end byte) of what is on disk now, in the thread of a worker: it must be quick."""
+
+
+class Transfer:
+    """Moves one blob into a `Partial`, which stays the caller's: he commits, keeps or aborts it after `run`.
+
+    ``fill`` false: only what is demanded is fetched, until `start_filling`. Ranges are reported to ``arrived`` unverified; a caller that
+    uses them before the end checks them himself (and calls `reject` for wrong ones). The whole is hashed here.
+    """
+
+    def __init__(
+        self,
+        remote: Remote,
+        repository: str,
+        descriptor: Descriptor,
+        partial: Partial,
+        *,
+        tuning: Tuning | None = None,
+        arrived: Arrived | None = None,
+        fill: bool = True,
+    ) -> None:
+        self.used_mirror = False
+        """Whether bytes came from a mirror, which nobody vouches for but the digest."""
+        self._remote = remote
+        self._repository = repository
+        self._descriptor = descriptor
+        self._partial = partial
+        self._tuning = tuning or Tuning()
+        self._arrived = arrived
+        self._state = threading.Condition()
+        """For the workers. The hash and the caller have signals of their own, so that a megabyte more does not wake everybody."""
+        self._grown = threading.Event()
+        self._ended = threading.Event()
+        self._schedule = Schedule(
+            descriptor.size_bytes,
+            partial.held,
+            piece_bytes=self._tuning.piece_bytes,
+            connections=self._tuning.connections,
+            fill=fill,
+        )
+        self._over = False
+        self._error: UenvError | None = None
+        self._hashed = False
+        self._answered = False
+        """The first answer has come: until then one connection asks, because it may bring the whole blob."""
+        self._streaming = False
+        self._asking = 0
+        self._pace = Pace(self._tuning.connections)
+        self._quiet_until = 0.0
+        self._threads: list[threading.Thread] = []
+        self._started_urgent = False
+
+    # -- for the caller
+
+    @property
+    def done_bytes(self) -> int:
+        """How many bytes are on disk."""
+        return self._schedule.held.total_bytes
+
+    def run(self, *, progress: Progress = no_progress, cancelled: Callable[[], bool] = never) -> None:
+        """Return when every byte is on disk and hashed. ``progress`` is called at most ten times a second.
+
+        Raises `Cancelled` (also after `stop`) within 0.4 s, `RegistryUnreachable`, `RegistryDenied`, `NotFound`, `RegistryError`,
+        `DigestMismatch` (a size is wrong), `StorageFull`, `StorageError`, `InUse` (the claim on the blob was lost).
+        """
+        self._start(self._hash, "hash")
+        self._start(self._flush, "flush")
+        for _ in range(self._tuning.connections):
+            self._start(self._work, "fetch")
+        total = self._descriptor.size_bytes
+        try:
+            while not self._ended.wait(REPORT_S):
+                if cancelled():
+                    break
+                progress(self.done_bytes, total)
+        finally:
+            self.stop()
+            end = time.monotonic() + _END_S
+            for thread in self._threads:
+                thread.join(max(0.0, end - time.monotonic()))
+        if self._error is not None:
+            raise self._error
+        if not self._hashed:
+            raise Cancelled("the pull was cancelled")
+        progress(total, total)
+
+    def demand(self, first_byte: int, end_byte: int) -> None:
+        """Fetch these bytes before all others. Returns at once; any thread may call it."""
+        with self._state:
+            self._schedule.demand(first_byte, end_byte)
+            start = not self._started_urgent and not self._over
+            self._started_urgent = True
+            self._state.notify_all()
+        if start:
+            for _ in range(URGENT_CONNECTIONS):
+                self._start(self._work_urgent, "demand")
+
+    def has(self, first_byte: int, end_byte: int) -> bool:
+        """Tell whether these bytes are on disk."""
+        with self._state:
+            return self._schedule.held.covers(first_byte, end_byte)
+
+    def start_filling(self) -> None:
+        """Fetch everything from now on."""
+        with self._state:
+            self._schedule.fill = True
+            self._state.notify_all()
+
+    def reject(self, first_byte: int, end_byte: int) -> None:
+        """Fetch bytes again that turned out to be wrong."""
+        self._partial.discard(first_byte, end_byte)
+        with self._state:
+            self._schedule.discard(first_byte, end_byte)
+            self._state.notify_all()
+
+    def stop(self) -> None:
+        """Make `run` raise `Cancelled`; any thread may call it."""
+        with self._state:
+            self._end()
+
+    def _end(self) -> None:
+        """Tell all threads that it is over. Call with the lock."""
+        self._over = True
+        self._state.notify_all()
+        self._grown.set()
+        self._ended.set()
+
+    # -- threads
+
+    def _start(self, work: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(
+            target=self._guarded, args=(work,), name=f"{name} {self._descriptor.digest[7:19]}", daemon=True
+        )
+        self._threads.append(thread)
+        thread.start()
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Cancelled:
+            pass
+        except UenvError as error:
+            self._fail(error)
+        except Exception as error:
+            log.exception("the transfer of %s failed", self._descriptor.digest)
+            self._fail(InternalError(f"the transfer failed unexpectedly: {error}"))
+
+    def _fail(self, error: UenvError) -> None:
+        with self._state:
+            # What threads meet because the transfer is over is no news.
+            if self._error is None and not (self._over and isinstance(error, InUse)):
+                self._error = error
+            self._end()
+
+    def _stopped(self) -> bool:
+        return self._over
+
+    def _hash(self) -> None:
+        total = self._descriptor.size_bytes
+        while not self._over:
+            self._grown.clear()
+            self._partial.catch_up(self._stopped)
+            with self._state:
+                if self._schedule.complete and self._partial.hashed_bytes >= total:
+                    self._hashed = not self._over
+                    self._end()
+                    return
+            self._grown.wait(_TICK_S)
+
+    def _flush(self) -> None:
+        last = time.monotonic()
+        while not self._ended.wait(_TICK_S):
+            waiting = self._partial.undurable_bytes
+            if waiting >= FLUSH_BYTES or (waiting and time.monotonic() - last > FLUSH_S):
+                self._partial.sync()
+                last = time.monotonic()
+
+    def _work(self) -> None:
+        self._serve(urgent_only=False)
+
+    def _work_urgent(self) -> None:
+        self._serve(urgent_only=True)
+
+    def _serve(self, *, urgent_only: bool) -> None:
+        buffer = memoryview(bytearray(BUFFER_BYTES))
+        while (task := self._next(urgent_only)) is not None:
+            try:
+                self._fetch(task, buffer)
+            finally:
+                with self._state:
+                    self._asking -= 1
+                    self._schedule.give_back(task)
+                    self._state.notify_all()
+
+    def _next(self, urgent_only: bool) -> Task | None:
+        with self._state:
+            while not self._over and not self._schedule.complete:
+                limit = (self._pace.allowed if self._answered else 1) + (
+                    URGENT_CONNECTIONS if urgent_only else 0
+                )
+                if not self._streaming and self._asking < limit:
+                    task = self._schedule.take(urgent_only=urgent_only)
+                    if task is not None:
+                        self._asking += 1
+                        return task
+                self._state.wait(_TICK_S)
+        return None
+
+    # -- one piece
+
+    def _fetch(self, task: Task, buffer: memoryview) -> None:
+        """Bring a piece, with as many attempts as it takes. Raises the last failure."""
+        failures = 0
+        give_up = time.monotonic() + PIECE_GRACE_S + (task.end - task.at) / self._tuning.min_rate_bytes_per_s
+        while not self._over and task.at < task.end:
+            before = self.done_bytes if self._streaming else task.at
+            try:
+                self._wait_quiet()
+                self._attempt(task, buffer)
+                self._went_well()
+            except (RegistryUnreachable, RegistryDenied) as error:
+                gained = task.at - before
+                failures = 1 if gained >= GAIN_BYTES else failures + 1
+                # Who was served before may be refused by a token that is withdrawn at this moment; not twice.
+                most = (
+                    ATTEMPTS if isinstance(error, RegistryUnreachable) else DENIALS if self._answered else 1
+                )
+                if failures >= most or time.monotonic() > give_up:
+                    raise
+                self._pause(error, failures)
+
+    def _attempt(self, task: Task, buffer: memoryview) -> None:
+        blob = self._remote.open_range(self._repository, self._descriptor, task.at, task.end, self._stopped)
+        try:
+            if blob.ignores_range:
+                self._take_whole(blob, task, buffer)
+                return
+            with self._state:
+                self._answered = True
+                self._state.notify_all()
+            self._receive(blob, task, buffer)
+        finally:
+            blob.close()
+
+    def _receive(self, blob: BlobRange, task: Task, buffer: memoryview) -> None:
+        """Write what a connection brings, until the end of the piece, which may come closer meanwhile."""
+        self.used_mirror = self.used_mirror or not blob.trusted
+        at, end = blob.first_byte, blob.end_byte
+        rate = _Rate(self._tuning.min_rate_bytes_per_s)
+        with self._recording() as note:
+            while at < min(end, task.end) and not self._over:
+                if not task.urgent:
+                    self._give_way(rate)
+                count = blob.readinto(buffer[: end - at])
+                rate.gained(count)
+                self._note_pace(count)
+                skip = max(0, task.at - at)
+                at += count
+                useful = min(at, task.end) - task.at
+                if useful > 0:
+                    self._write(task.at, buffer[skip : skip + useful])
+                    task.at += useful
+                note(count)
+
+    def _take_whole(self, blob: BlobRange, task: Task, buffer: memoryview) -> None:
+        """Take the blob as one stream from a place that ignores ranges. One connection does that, the others wait."""
+        with self._state:
+            if self._streaming:
+                self._state.wait(_TICK_S)
+                return
+            self._streaming = self._answered = True
+            self._state.notify_all()
+        self.used_mirror = self.used_mirror or not blob.trusted
+        at, rate = blob.first_byte, _Rate(self._tuning.min_rate_bytes_per_s)
+        try:
+            with self._recording() as note:
+                while at < blob.end_byte and not self._over and not self._schedule.complete:
+                    count = blob.readinto(buffer)
+                    rate.gained(count)
+                    with self._state:
+                        gaps = list(self._schedule.held.gaps(at, at + count))
+                    for first, end in gaps:
+                        self._write(first, buffer[first - at : end - at])
+                    at += count
+                    note(count)
+        finally:
+            with self._state:
+                self._streaming = False
+                task.at = min(task.end, self._schedule.held.run_from(task.at))
+                self._state.notify_all()
+
+    def _write(self, first: int, data: memoryview) -> None:
+        self._partial.write_at(first, data)
+        end = first + len(data)
+        with self._state:
+            self._schedule.written(first, end)
+            complete = self._schedule.complete
+            if complete:
+                self._state.notify_all()
+            ready = self._schedule.held.run_from(0) - self._partial.hashed_bytes
+        if complete or ready >= BUFFER_BYTES:
+            self._grown.set()
+        if self._arrived is not None:
+            self._arrived(first, end)
+
+    @contextmanager
+    def _recording(self) -> Iterator[Callable[[int], None]]:
+        """Put what arrives into the map of the partial now and then, and at the end whatever it is."""
+        since, last = 0, time.monotonic()
+
+        def note(count: int) -> None:
+            nonlocal since, last
+            since += count
+            if since >= RECORD_BYTES or time.monotonic() - last > RECORD_S:
+                self._partial.record()
+                since, last = 0, time.monotonic()
+
+        try:
+            yield note
+        finally:
+            self._partial.record()
+
+    # -- manners
+
+    def _wait_quiet(self) -> None:
+        with self._state:
+            while not self._over and (left := self._quiet_until - time.monotonic()) > 0:
+                self._state.wait(min(left, _TICK_S))
+            if self._over:
+                raise Cancelled("the pull was cancelled")
+
+    def _pause(self, error: RegistryUnreachable | RegistryDenied, failures: int) -> None:
+        pause_s = min(BACKOFF_CAP_S, BACKOFF_S * 2 ** (failures - 1)) * random.uniform(0.7, 1.3)  # noqa: S311 -- spreads the nodes of a cluster, no secret
+        with self._state:
+            if isinstance(error, RegistryUnreachable) and error.retry_after_s is not None:
+                # All connections hold back, and come back as fewer.
+                pause_s = max(pause_s, min(error.retry_after_s, RETRY_AFTER_CAP_S))
+                self._quiet_until = max(self._quiet_until, time.monotonic() + pause_s)
+                self._pace.refused()
+            end = time.monotonic() + pause_s
+            while not self._over and (left := end - time.monotonic()) > 0:
+                self._state.wait(min(left, _TICK_S))
+
+    def _went_well(self) -> None:
+        with self._state:
+            self._pace.served()
+
+    def _note_pace(self, count: int) -> None:
+        with self._state:
+            before = self._pace.allowed
+            if self._pace.gained(count, time.monotonic()):
+                self._schedule.cut_to_first()
+            if self._pace.allowed > before:
+                self._state.notify_all()
+
+    def _give_way(self, rate: _Rate) -> None:
+        """Leave the line to what was demanded, but not for ever."""
+        if not self._started_urgent:
+            return
+        with self._state:
+            end = time.monotonic() + YIELD_S
+            while not self._over and self._schedule.urgent and (left := end - time.monotonic()) > 0:
+                self._state.wait(min(left, _TICK_S))
+        rate.restart()
+
+
+class _Rate:
+    """Watches that a connection is not slower than it may be."""
+
+    def __init__(self, least_bytes_per_s: int) -> None:
+        self._least = least_bytes_per_s
+        self.restart()
+
+    def restart(self) -> None:
+        self._since = time.monotonic()
+        self._bytes = 0
+
+    def gained(self, count: int) -> None:
+        """Note bytes. Raises `RegistryUnreachable` after a window with too few."""
+        self._bytes += count
+        seconds = time.monotonic() - self._since
+        if seconds >= RATE_WINDOW_S:
+            if self._bytes < self._least * seconds:
+                raise RegistryUnreachable(
+                    f"the transfer is too slow: {self._bytes / seconds:.0f} bytes/s over {seconds:.0f} s"
+                )
+            self.restart()
