@@ -10,7 +10,7 @@ PREFIX ?= /opt/uenvd
 DESTDIR ?=
 PYTEST_ARGS ?=
 
-.PHONY: help setup plugin demo test check check-python check-plugin bench install clean
+.PHONY: help setup plugin demo test check check-python check-plugin bench bench-pull bench-slurm bench-uenvctl install clean
 
 help: ## say what can be made
 	@printf 'uenvd: scientific software stacks as squashfs images\n\n'
@@ -44,6 +44,16 @@ check-plugin: # the plugin's compiler warnings and its unit tests under ASan and
 
 bench: setup ## measure: serving, against squashfuse_ll and the kernel's squashfs (root)
 	@$(VENV)/python tests/bench/serving.py
+	@$(MAKE) bench-slurm bench-uenvctl
+
+bench-pull: setup ## measure: pulling, against the oras command and skopeo
+	@$(VENV)/python tests/bench/pulling.py
+
+bench-slurm: setup ## measure: what the plugin costs srun (root)
+	@$(VENV)/python tests/bench/slurm_latency.py
+
+bench-uenvctl: setup ## measure: how long uenvctl takes, against its limits (root)
+	@$(VENV)/python tests/bench/uenvctl_latency.py
 
 install: setup ## install below $(DESTDIR)$(PREFIX), units and plugin below $(DESTDIR)
 	@$(VENV)/python scripts/install_tree.py --destdir '$(DESTDIR)' --prefix '$(PREFIX)'

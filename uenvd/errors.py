@@ -80,6 +80,8 @@ class RegistryUnreachable(UenvError):
     code = "registry-unreachable"
     exit_status = 71
     default_hint = "try again later; images that are already on this node can still be used by digest"
+    retry_after_s: float | None = None
+    """How long the registry asks to be left alone, where it says so."""
 
 
 class RegistryDenied(UenvError):
@@ -300,11 +302,57 @@ class AuditFailed(UenvError):
     default_hint = "docs/recipes.md says what each finding means and what to do about it"
 
 
+class LockError(UenvError):
+    """A ``uenv.lock`` is missing, damaged, does not name what was asked for, or does not fit the registry any more."""
+
+    code = "lock"
+    exit_status = 111
+    default_hint = "make it, or make it anew, with: uenvctl lock UENV"
+
+
+class UnknownJob(UenvError):
+    """This node knows of no step of the job that used an image, or of none that the asker may see."""
+
+    code = "unknown-job"
+    exit_status = 112
+
+
 class DeployRefused(UenvError):
     """The image may not be deployed: its tests did not pass or were not run, or the tag is another image's."""
 
     code = "deploy-refused"
     exit_status = 110
+
+
+class PlanFailed(UenvError):
+    """Cells of a plan were not built, tested or deployed; the others were."""
+
+    code = "plan-failed"
+    exit_status = 104
+    default_hint = "each failed job's log is named above; when its cause is mended, the same command does only what is missing"
+
+
+class DispatchFailed(UenvError):
+    """A job could not be submitted, followed or cancelled, or was lost: by Slurm, or by FirecREST."""
+
+    code = "dispatch-failed"
+    exit_status = 103
+
+
+class SignatureRefused(UenvError):
+    """The image is not signed, or not by a key that the site believes, and the site demands it."""
+
+    code = "signature"
+    exit_status = 120
+    default_hint = "ask who published the image to sign it: uenvd-publish sign LABEL --key FILE"
+
+
+class RollbackRefused(UenvError):
+    """There is no former release to go back to."""
+
+    code = "rollback-refused"
+    exit_status = 121
+    default_hint = "name the tag to go back to: --to TAG"
 
 
 def _tree(root: type[UenvError]) -> list[type[UenvError]]:

@@ -13,10 +13,11 @@ No pathlib here: uenvctl imports this module on its fast path, and pathlib is a 
 ``unshare`` and ``setns`` of a mount namespace act on the calling *thread*: call them before any other thread exists.
 """
 
-# ruff: noqa: PTH100, PTH102, PTH103, PTH106
+# ruff: noqa: PTH100, PTH102, PTH103, PTH106, PTH123
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -415,18 +416,53 @@ class PrivateMounts:
         self, name: str, fuse_fd: int, *, source: str, uid: int = 0, gid: int = 0, allow_other: bool = True
     ) -> None:
         """Make the FUSE mount of ``fuse_fd`` and attach it under ``name``. Raises `MountFailed`; then nothing is left behind."""
-        path = self.path(name)
         mount_fd = fuse_mount(fuse_fd, source=source, uid=uid, gid=gid, allow_other=allow_other)
         try:
-            with _explained(f"cannot attach {source}"):
-                os.mkdir(path, 0o755)
-                try:
-                    move_mount(mount_fd, path)
-                except OSError:
-                    os.rmdir(path)
-                    raise
+            self.attach(name, mount_fd)
         finally:
             os.close(mount_fd)
+
+    def attach(self, name: str, mount_fd: int) -> None:
+        """Attach a detached mount under ``name``; the descriptor stays the caller's. Raises `MountFailed`; then nothing is left behind."""
+        path = self.path(name)
+        with _explained(f"cannot attach the mount {name}"):
+            os.mkdir(path, 0o755)
+            try:
+                move_mount(mount_fd, path)
+            except OSError:
+                os.rmdir(path)
+                raise
+
+    def spares(self, name: str, count: int) -> list[int]:
+        """Return ``count`` detached copies of a mount, for daemons to come; the caller closes them. Raises `MountFailed`.
+
+        Their flags are not locked: they are for root alone.
+        """
+        path = self.path(name)
+        made: list[int] = []
+        try:
+            with _explained(f"cannot clone {name}"):
+                for _ in range(count):
+                    made.append(open_tree_clone(path))
+        except MountFailed:
+            for descriptor in made:
+                os.close(descriptor)
+            raise
+        return made
+
+    def set_readahead(self, name: str, size_bytes: int) -> None:
+        """Set how far the kernel reads ahead in files of an image; its server is not asked for anything.
+
+        To be called after INIT, which sets it too. Raises `MountFailed`.
+        """
+        path = os.fsencode(self.path(name))
+        with _explained(f"cannot set the read-ahead of {name}"):
+            with open("/proc/self/mountinfo", "rb") as table:
+                device = next((line.split()[2] for line in table if line.split()[4] == path), None)
+            if device is None:
+                raise FileNotFoundError(errno.ENOENT, "it is not mounted")
+            with open(f"/sys/class/bdi/{device.decode()}/read_ahead_kb", "w", encoding="ascii") as file:
+                file.write(str(size_bytes >> 10))
 
     def remove(self, name: str) -> None:
         """Let go of a mount; clones in use go on. Raises `MountFailed`; a name that is not there is no error."""

@@ -76,8 +76,10 @@ _OPTIONAL_FIELDS: Final[Mapping[str, type | tuple[type, ...]]] = {
     "view": str,
     "cwd": str,
     "uid": int,
-    "job": dict,
+    "job": (dict, int),
     "refresh": bool,
+    "remembered": bool,
+    "submit": bool,
     "lease": str,
     "pin": bool,
 }
@@ -91,7 +93,10 @@ _OPERATIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "find": (),
     "images": (),
     "inspect": ("uenv",),
+    "recipe": ("uenv",),
     "status": (),
+    "metrics": (),
+    "job": ("job",),
     "evict": ("uenv",),
     "pin": ("uenv", "pin"),
 }
@@ -109,8 +114,14 @@ class Request(NamedTuple):
     job: tuple[int, int] | None = None
     """Job id and step id, for the log and `status`."""
     refresh: bool = False
+    remembered: bool = False
+    """Answer from what is remembered, without asking the registry."""
+    submit: bool = False
+    """The question is asked for a job that is being submitted."""
     lease: str = ""
     pin: bool = False
+    job_id: int = 0
+    """Of the operation `job`: whose images are asked for."""
 
 
 def parse_request(frame: Frame) -> Request:
@@ -136,7 +147,13 @@ def parse_request(frame: Frame) -> Request:
     if fields.get("uid", 0) < 0 or fields.get("uid", 0) >= 2**32 - 1:
         raise ProtocolError(f"{op}: 'uid' is out of range")
     job = fields.pop("job", None)
-    if job is not None:
+    if op == "job":
+        if not isinstance(job, int) or isinstance(job, bool) or not 0 < job < 2**32:
+            raise ProtocolError("job: 'job' is the number of a job")
+        fields["job_id"] = job
+    elif job is not None:
+        if not isinstance(job, dict):
+            raise ProtocolError(f"{op}: 'job' has the wrong type")
         numbers = (job.get("id"), job.get("step"))
         if not all(isinstance(number, int) for number in numbers):
             raise ProtocolError(f"{op}: 'job' needs the numbers 'id' and 'step'")
@@ -167,15 +184,21 @@ def failure(error: UenvError) -> Frame:
     }
 
 
-def progress(phase: str, done_bytes: int, total_bytes: int, message: str) -> Frame:
-    """Build an event. ``total_bytes`` is 0 while it is unknown."""
-    return {
+def progress(
+    phase: str, done_bytes: int, total_bytes: int, message: str, rate_bytes_per_s: float = 0.0
+) -> Frame:
+    """Build an event. ``total_bytes`` is 0 while it is unknown; where the rate is known it is told, with the time that is left."""
+    frame: Frame = {
         "event": "progress",
         "phase": phase,
         "done_bytes": done_bytes,
         "total_bytes": total_bytes,
         "message": message,
     }
+    if rate_bytes_per_s >= 1:
+        frame["rate_bytes_per_s"] = round(rate_bytes_per_s)
+        frame["eta_s"] = round(max(0, total_bytes - done_bytes) / rate_bytes_per_s)
+    return frame
 
 
 def raise_failure(frame: Frame) -> None:

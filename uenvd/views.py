@@ -11,6 +11,7 @@ vectors, ``tests/vectors/views/``.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -25,6 +26,10 @@ EnvOp: TypeAlias = ScalarOp | UnsetOp | ListOp
 APPLIED = "UENV_APPLIED"
 """The variable that holds the key of what was applied to an environment."""
 
+RESTORE = "UENV_RESTORE"
+"""The variable from which a login shell's hook (etc/profile.d/zz-uenvd.sh) puts the lists of the views back; see `restore_op`."""
+MAX_RESTORE_CHARS = 32_768
+
 MAX_FILE_BYTES = 1 << 20
 MAX_VIEWS = 1000
 MAX_OPS = 10_000
@@ -37,6 +42,9 @@ MAX_NAME_CHARS = 256
 MAX_DESCRIPTION_CHARS = 4096
 
 ENV_JSON = b"meta/env.json"
+
+_SHELL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SEPARATORS = frozenset("|\n")
 
 
 class View(NamedTuple):
@@ -362,6 +370,29 @@ def _available(images: Sequence[tuple[Label | None, ImageMeta | None]]) -> str:
 def view_ops(selected: Iterable[Selected]) -> list[EnvOp]:
     """Return the operations of the selected views in the order in which they are applied."""
     return [op for one in selected for op in one.view.ops]
+
+
+def with_restore(ops: Iterable[EnvOp]) -> list[EnvOp]:
+    """Return the operations with one `restore_op` for all of them at the end; those that parts of them had are dropped."""
+    plain = [op for op in ops if op[1] != RESTORE]
+    return [*plain, restore_op(plain)] if len(plain) < MAX_OPS else plain
+
+
+def restore_op(ops: Iterable[EnvOp]) -> EnvOp:
+    """Return the operation that sets `RESTORE` to what a login shell, which resets ``PATH``, has to put back.
+
+    Its value is a list of records, separated by ``|``: ``NAME=a:b`` for a prepend, ``NAME+=a:b`` for an append, in the order of the operations.
+    These are the operations that are done in every step, too; scalars are the user's to change. Left out is what a shell could not name or
+    tell apart: odd names, and elements with ``|`` or a newline. Nothing at all when it would be longer than `MAX_RESTORE_CHARS`.
+    """
+    records = []
+    for op in ops:
+        if (op[0] == "prepend" or op[0] == "append") and _SHELL_NAME.fullmatch(op[1]):
+            elements = [element for element in op[2] if element and not _SEPARATORS.intersection(element)]
+            if elements:
+                records.append(f"{op[1]}{'+' if op[0] == 'append' else ''}={':'.join(elements)}")
+    value = "|".join(records)
+    return ("set", RESTORE, value) if 0 < len(value) <= MAX_RESTORE_CHARS else ("unset", RESTORE)
 
 
 def applied_key(identities: Sequence[str], selected: Sequence[Selected]) -> str:

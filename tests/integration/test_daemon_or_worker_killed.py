@@ -51,10 +51,18 @@ def test_a_running_mount_outlives_the_daemon(daemon: Daemon, number: signal.Sign
             assert other.eval(READ) == "hello"
         assert inside.eval(READ) == "hello"
         assert not has_ended(worker)
+    until(lambda: daemon.ask("status")["leases"] == [], "nobody uses it")
+    daemon.stop()
     until(lambda: has_ended(worker), "a worker without a daemon ends with its last user")
 
 
-def test_a_killed_worker_costs_its_users_an_error_and_nobody_else_anything(daemon: Daemon) -> None:
+def test_a_killed_libfuse_worker_costs_its_users_an_error_and_nobody_else_anything(
+    daemon: Daemon,
+) -> None:
+    """With the transport pyfuse3; with the other one it costs nothing: test_workers_and_daemon_killed.py."""
+    daemon.stop()
+    daemon.extra = "fuse: {transport: pyfuse3}\n"
+    daemon.start()
     with mounted(daemon) as client, session(NOBODY, client.descriptors[0], MOUNT_POINT) as inside:
         (worker,) = daemon.workers()
         os.kill(worker, signal.SIGKILL)

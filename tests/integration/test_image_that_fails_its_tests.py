@@ -19,11 +19,11 @@ from support.fusetools import until
 from support.publishing import Publisher
 from support.reframetests import CRASHES, FAILS, HANGS, HOST, SAYS, UNLOADABLE, WITH_HOST, image_with_tests
 from support.users import TestUser, ordinary_user
-from uenvd.oci.attach import REFRAME_TYPE, attachments
+from uenvd.oci.attach import REFRAME_TYPE, VERDICT, attachments
 from uenvd.oci.manifest import Manifest
 from uenvd.oci.reference import parse_registry
 from uenvd.oci.remote import open_remote
-from uenvd.publish.reframe.report import TESTED, VERDICT, WAIVED, judge
+from uenvd.publish.reframe.report import TESTED, WAIVED, judge
 
 PUBLISH = str(Path(sys.executable).parent / "uenvd-publish")
 FAILED = 105

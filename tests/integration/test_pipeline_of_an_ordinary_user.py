@@ -17,10 +17,9 @@ from support.reframetests import HEAD
 from support.registry import FakeRegistry
 from support.users import TestUser, ordinary_user
 from uenvd.errors import DeployRefused, TestsFailed
-from uenvd.oci.attach import META_TYPE, REFRAME_TYPE, attachments
+from uenvd.oci.attach import META_TYPE, REFRAME_TYPE, VERDICT, attachments
 from uenvd.oci.reference import parse_registry
 from uenvd.oci.remote import Remote, open_remote
-from uenvd.publish.reframe.report import VERDICT
 
 pytestmark = pytest.mark.usefixtures("node")
 

@@ -130,6 +130,31 @@ def test_session_survives_restart_and_sudden_death_of_the_daemon(host: PrivateSy
     assert (session.returncode, output) == (0, "done\n")
 
 
+def test_session_survives_the_death_of_all_processes_of_uenvd(host: PrivateSystemd) -> None:
+    """systemd keeps the connection and the requests in hand for the next daemon."""
+    stop = host.directory / "stop all"
+    session = host.popen(
+        "uenvctl", "run", "tools/1", "--", "bash", "-c", SESSION, "bash", stop, user="nobody"
+    )
+    try:
+        assert session.stdout is not None
+        assert session.stdout.readline() == "started\n"
+        until(lambda: host.show("uenvd.service", "NFileDescriptorStore") != "0", "systemd keeps descriptors")
+        before = host.show("uenvd.service", "MainPID")
+        assert host.run("pkill", "-9", "-f", r"uenvd\.fuse|bin/uenvd --config").returncode == 0
+        until(
+            lambda: host.show("uenvd.service", "MainPID") not in (before, "0"),
+            "systemd starts the daemon again",
+        )
+        stop.touch()
+        output = session.communicate(timeout=60)[0]
+    finally:
+        session.kill()
+        session.wait()
+    assert (session.returncode, output) == (0, "done\n"), said(host)
+    use(host)
+
+
 def test_hung_daemon_is_replaced(host: PrivateSystemd) -> None:
     use(host)
     before = host.show("uenvd.service", "MainPID")

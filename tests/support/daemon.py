@@ -80,6 +80,8 @@ class Daemon:
     """Further lines of the configuration."""
     control: Path | None = None
     """The control socket, if not in ``workdir``."""
+    wrapper: tuple[str, ...] = ()
+    """A command that runs it."""
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     @property
@@ -109,8 +111,8 @@ class Daemon:
         config.write_text(
             f"system: {self.system}\nregistry: {self.registry}\n"
             f"run_dir: {self.workdir / 'run'}\ncontrol: {{socket: {self.socket_path}}}\n"
-            f"cache: {{local: {self.cache}}}\n"
-            + ("" if "worker:" in self.extra else "worker: {user: nobody}\n")
+            + ("" if "cache:" in self.extra else f"cache: {{local: {self.cache}}}\n")
+            + ("" if "worker:" in self.extra else "worker: {user: nobody, grace: 2s}\n")
             + self.extra
         )
         notify_path = self.workdir / "notify"
@@ -119,11 +121,19 @@ class Daemon:
             notify.bind(str(notify_path))
             notify.settimeout(0.05)
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "uenvd.daemon.main", "--config", str(config), "--verbose"],
+                [
+                    *self.wrapper,
+                    sys.executable,
+                    "-m",
+                    "uenvd.daemon.main",
+                    "--config",
+                    str(config),
+                    "--verbose",
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "NOTIFY_SOCKET": str(notify_path)},
+                env={**os.environ, "NOTIFY_SOCKET": str(notify_path), "UENVD_SECCOMP": "kill"},
             )
             deadline = time.monotonic() + START_DEADLINE_S
             said = ""
@@ -195,9 +205,10 @@ def running_daemon(workdir: Path, registry: str, **fields: Any) -> Iterator[Daem
 
 
 def end_process(pid: int) -> None:
-    """SIGKILL a process that is no child of ours; one that is gone is no error."""
+    """SIGKILL a server of images with its whole group (any other process in it would take over); one that is gone is no error."""
     try:
-        os.kill(pid, signal.SIGKILL)
+        if os.getpgid(pid) != os.getpgid(0):
+            os.killpg(os.getpgid(pid), signal.SIGKILL)
     except ProcessLookupError:
         return
 

@@ -77,7 +77,7 @@ def served(
     image: Path, mountpoint: Path, *options: str, transport: str = "pyfuse3"
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Serve an image with ``uenvd-fs -f`` at a directory; yield the process. Unmounted and ended at the end, whatever happened."""
-    assert transport == "pyfuse3"
+    assert transport in ("pyfuse3", "channel")
     command = [
         sys.executable,
         "-m",
@@ -85,7 +85,7 @@ def served(
         str(image),
         str(mountpoint),
         "-f",
-        *(word for option in options for word in ("-o", option)),
+        *(word for option in (f"transport={transport}", *options) for word in ("-o", option)),
     ]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:

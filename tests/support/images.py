@@ -19,7 +19,7 @@ from pathlib import Path
 
 from uenvd.squashfs import Image, Inode, Kind
 
-COMPRESSORS = ("gzip", "xz", "lz4", "zstd")
+COMPRESSORS = ("gzip", "lzo", "lzma", "xz", "lz4", "zstd")
 BLOCK_SIZES = (4 << 10, 128 << 10, 1 << 20)
 LARGE_BYTES = (5 << 20) + 123
 MANY = 5000

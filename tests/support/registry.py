@@ -59,12 +59,15 @@ def free_port() -> int:
 
 @contextmanager
 def docker_registry(
-    directory: Path, *, htpasswd: bool = False, data: Path | None = None
+    directory: Path, *, htpasswd: bool = False, data: Path | None = None, auth: str = ""
 ) -> Iterator[RealRegistry]:
-    """Run docker-registry with its files in ``directory`` (its storage in ``data``, if given) on a free port of the loopback interface."""
+    """Run docker-registry with its files in ``directory`` (its storage in ``data``, if given) on a free port of the loopback interface.
+
+    ``auth``: the line ``auth: {...}`` of its configuration.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     data = data or directory / "data"
-    auth = ""
+    auth = f"{auth}\n" if auth else ""
     if htpasswd:
         (directory / "htpasswd").write_text(_HTPASSWD)
         auth = f"auth: {{htpasswd: {{realm: test-realm, path: {directory}/htpasswd}}}}\n"
@@ -130,6 +133,12 @@ class Spoil:
     drip_headers_s: float | None = None
     """Send one byte of the status line each so many seconds."""
     ignore_range: bool = False
+    shorter_bytes: int | None = None
+    """Answer a range with at most so many bytes of it, and say so."""
+    extra_bytes: int = 0
+    """Send so many bytes more than asked for, and announce them."""
+    swap_bytes: int = 0
+    """Send the bytes so much further on, under the header of those asked for."""
 
 
 @dataclass
@@ -497,8 +506,14 @@ class _Handler(BaseHTTPRequestHandler):
         if first > last:
             self._answer(416, b"no such range\n", {"Content-Range": f"bytes */{len(data)}"})
             return
+        spoil = self.spoil or Spoil("")
+        if spoil.shorter_bytes is not None:
+            last = min(last, first + spoil.shorter_bytes - 1)
         headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-        self._answer(206, data[first : last + 1], headers)
+        body = data[first : last + 1]
+        if spoil.swap_bytes:
+            body = (data + data)[first + spoil.swap_bytes :][: len(body)]
+        self._answer(206, body + bytes(spoil.extra_bytes), headers)
 
     # -- answers
 

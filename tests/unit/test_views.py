@@ -14,6 +14,10 @@ from uenvd import views
 from uenvd.errors import UnknownView
 from uenvd.label import Label, ViewName, parse_label
 from uenvd.views import (
+    APPLIED,
+    MAX_RESTORE_CHARS,
+    RESTORE,
+    EnvOp,
     ImageMeta,
     Selected,
     View,
@@ -24,8 +28,10 @@ from uenvd.views import (
     ops_from_wire,
     ops_to_wire,
     read_image_meta,
+    restore_op,
     select_views,
     view_ops,
+    with_restore,
 )
 
 VECTORS = Path(__file__).parent / "../vectors/views"
@@ -388,3 +394,40 @@ def test_a_foreign_key_tells_no_views(key: str) -> None:
 
 def test_pure() -> None:
     assert "os" not in vars(views)
+
+
+# --- what a login shell puts back ---------------------------------------------------------------------------------------------------
+
+
+def test_lists_are_put_back_and_scalars_are_not() -> None:
+    ops: list[EnvOp] = [
+        ("set", "S", "1"),
+        ("prepend", "PATH", ("/a", "/b c")),
+        ("unset", "U"),
+        ("append", "PATH", ("/z:/y",)),
+        ("assign", "L", ("x",)),
+        ("prepend", "MANPATH", ("${@HOME@}/man",)),
+    ]
+    assert restore_op(ops) == ("set", RESTORE, "PATH=/a:/b c|PATH+=/z:/y|MANPATH=${@HOME@}/man")
+    assert with_restore(ops) == [*ops, restore_op(ops)]
+    assert with_restore(with_restore(ops)) == with_restore(ops)
+
+
+def test_nothing_to_put_back_clears_what_an_outer_image_left() -> None:
+    for ops in (
+        [],
+        [("set", "S", "1")],
+        [("prepend", "BAD-NAME", ("/a",))],
+        [("append", "P", ("a|b", "c\nd", ""))],
+    ):
+        assert restore_op(ops) == ("unset", RESTORE)
+    assert apply_ops(with_restore([]), "k", {RESTORE: "PATH=/old"}) == {RESTORE: None, APPLIED: "k"}
+
+
+def test_what_would_burden_every_process_is_left_out() -> None:
+    assert restore_op([("prepend", "P", ("x" * MAX_RESTORE_CHARS,))]) == ("unset", RESTORE)
+
+
+def test_references_are_replaced_when_it_is_applied() -> None:
+    changed = apply_ops(with_restore([("prepend", "P", ("${@HOME@}/p",))]), "k", {"HOME": "/home/me"})
+    assert changed[RESTORE] == "P=/home/me/p"

@@ -13,24 +13,30 @@ import resource
 import signal
 import socket
 import stat
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import trio
 
+from uenvd.cache.leases import node_name
 from uenvd.cache.store import Store
 from uenvd.config import Config
+from uenvd.daemon import adoption, exporter
 from uenvd.daemon.catalogue import Catalogue
 from uenvd.daemon.control import ControlServer
 from uenvd.daemon.mounter import Mounter
-from uenvd.daemon.notify import Notifier, inherited_listener
+from uenvd.daemon.notify import Inherited, Notifier, inherited
 from uenvd.daemon.peer import Identity
 from uenvd.daemon.pulls import Pulls
 from uenvd.daemon.served import ServedImages
+from uenvd.daemon.servers import Servers
 from uenvd.daemon.service import Service
-from uenvd.daemon.workers import WorkerPool
+from uenvd.daemon.supervision import ImageDirectory
+from uenvd.daemon.upkeep import Upkeep, pull_again
 from uenvd.errors import ConfigError, InUse, ResourceMissing
 from uenvd.mounts import PrivateMounts
+from uenvd.oci.credentials import forbid_core_dumps
 from uenvd.oci.reference import parse_registry
 from uenvd.oci.remote import open_remote
 
@@ -46,19 +52,23 @@ def run(config: Config) -> None:
             "uenvd has to run as root", hint="without it, uenvctl run ./image.squashfs works for everybody"
         )
     worker = _worker_identity(config.worker_user)
+    forbid_core_dumps(private=True)
     _raise_descriptor_limit()
     config.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-    listener = inherited_listener() or _listen(config.socket)
+    passed = inherited()
+    listener = passed.listener or _listen(config.socket)
     with listener:
         private = PrivateMounts.create(config.run_dir / "mnt")
         try:
-            trio.run(_serve, config, listener, private, worker, strict_exception_groups=True)
+            trio.run(_serve, config, listener, passed, private, worker, strict_exception_groups=True)
         finally:
             private.close()
 
 
-async def _serve(config: Config, listener: socket.socket, private: PrivateMounts, worker: Identity) -> None:
-    store = Store(config.cache_local)
+async def _serve(
+    config: Config, listener: socket.socket, passed: Inherited, private: PrivateMounts, worker: Identity
+) -> None:
+    store = Store.from_config(config.cache, node_name(config.run_dir))
     await trio.to_thread.run_sync(store.prepare)
     if freed_bytes := await trio.to_thread.run_sync(store.collect):
         log.info("removed %d bytes that no image of the cache needs", freed_bytes)
@@ -67,45 +77,66 @@ async def _serve(config: Config, listener: socket.socket, private: PrivateMounts
         auth_file=config.registry.auth_file,
         ca_file=config.registry.ca_file,
         timeout_read_s=config.registry.timeout_s,
+        token_file=config.registry.token_file,
+        username=config.registry.username,
+        mirrors=[parse_registry(url) for url in config.registry.mirrors],
+        mirrors_resolve=config.registry.mirrors_resolve,
     )
     notifier = Notifier()
     mounter = Mounter(private)
-    workers = WorkerPool()
+    directory = ImageDirectory(config.run_dir / "images")
     try:
         await mounter.start()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_on_signal, nursery.cancel_scope, notifier)
-            nursery.start_soon(workers.run)
-            pulls = Pulls(nursery, store)
+            pulls = Pulls(nursery, store, config.pull)
+            servers = Servers(
+                nursery,
+                config.serving,
+                directory=directory,
+                mounter=mounter,
+                notifier=notifier,
+                open_blob=lambda digest: trio.to_thread.run_sync(store.open, digest),
+            )
             served = ServedImages(
                 nursery,
                 store=store,
                 pulls=pulls,
                 mounter=mounter,
-                workers=workers,
+                servers=servers,
                 worker_identity=worker,
                 worker_cache_bytes=config.worker_cache_bytes,
                 linger_s=config.linger_s,
             )
+            nursery.start_soon(_stop_on_signal, nursery.cancel_scope, notifier, served)
+            for adopted in await adoption.find(directory, passed.stored, resend=config.serving.resend):
+                await served.adopt(adopted)
             catalogue = Catalogue(config, remote, store)
             service = Service(config, catalogue=catalogue, store=store, pulls=pulls, served=served)
             server = ControlServer(service.handle, connections_per_user=config.limits.connections)
             service.connections = lambda: server.connections
             await nursery.start(server.serve, listener)
+            nursery.start_soon(service.observer.journal.run)
+            repull = partial(pull_again, store, pulls, remote)
+            nursery.start_soon(Upkeep(store, config.cache, served, repull=repull).run)
+            if config.metrics_port is not None:
+                port = await nursery.start(exporter.serve, config.metrics_port, service.observer.text)
+                log.info("metrics: http://127.0.0.1:%d/metrics", port)
             nursery.start_soon(notifier.watchdog)
             log.info("serving system %s from %s on %s", config.system, remote.address, config.socket)
             notifier.ready(f"serving {config.system} from {remote.address}")
     finally:
         mounter.close()
+        directory.close()
         remote.close()
         log.info("stopped")
 
 
-async def _stop_on_signal(scope: trio.CancelScope, notifier: Notifier) -> None:
+async def _stop_on_signal(scope: trio.CancelScope, notifier: Notifier, served: ServedImages) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             log.info("%s: stopping; running mounts go on", signal.Signals(number).name)
             notifier.stopping()
+            served.prepare_stop()
             scope.cancel()
             return
 

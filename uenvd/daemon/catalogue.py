@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import trio
@@ -19,6 +19,9 @@ import trio
 from uenvd.cache.store import Store
 from uenvd.config import Config
 from uenvd.daemon import resolution
+from uenvd.daemon.membership import Membership
+from uenvd.daemon.metrics import METRICS
+from uenvd.daemon.question import Image, Question, listed_image, make_image
 from uenvd.daemon.resolution import Found, Listed, Repository
 from uenvd.errors import (
     AccessDenied,
@@ -28,19 +31,15 @@ from uenvd.errors import (
     RegistryUnreachable,
     StorageError,
     UenvError,
+    UnknownLabel,
 )
 from uenvd.label import Label
 from uenvd.oci.attach import attached_meta
-from uenvd.oci.index import SystemIndex, decode_index, read_index
+from uenvd.oci.index import Entry, SystemIndex, decode_index, read_index
 from uenvd.oci.manifest import (
     CONFIG_TYPE,
-    CREATED,
     MAX_CONFIG_BYTES,
-    Descriptor,
-    ImageConfig,
     Manifest,
-    parse_config,
-    squashfs_layer,
 )
 from uenvd.oci.reference import repository_of
 from uenvd.oci.remote import Remote
@@ -61,48 +60,6 @@ _REWRITE_S: Final = 3600.0
 _THREAD_GRACE_S: Final = 0.4
 
 
-@dataclass(frozen=True, slots=True)
-class Image:
-    """An image of the registry, known down to its layer."""
-
-    found: Found
-    manifest: Manifest
-    layer: Descriptor
-    raw_config: bytes | None
-    """Our config blob as it was pushed; None for an image of a stock client."""
-    config: ImageConfig | None
-    attached: ImageMeta | None = None
-    """Metadata that a stock client attached. Not pinned by the digest: what the image says itself goes before it."""
-
-
-class Question:
-    """One request's way through the catalogue: its deadline, whether it insists on fresh answers, what it must tell the user."""
-
-    def __init__(self, deadline_s: float, refresh: bool) -> None:
-        self.deadline_s = deadline_s
-        """Absolute, on trio's clock."""
-        self.refresh = refresh
-        self._notes: list[str] = []
-        self._stale: tuple[str, float] | None = None
-
-    @property
-    def notes(self) -> list[str]:
-        """Lines for the user: at most one about the registry, however many of its answers were old ones."""
-        if self._stale is None:
-            return list(self._notes)
-        why, age_s = self._stale
-        return [*self._notes, f"{why}; using what it said {_ago(age_s)}"]
-
-    def note(self, text: str) -> None:
-        """Add a line for the user."""
-        self._notes.append(text)
-
-    def note_stale(self, error: UenvError, age_s: float) -> None:
-        """Take note that an old answer was used, and why."""
-        why, oldest_s = self._stale or (_first_line(error), age_s)
-        self._stale = (why, max(oldest_s, age_s))
-
-
 class Catalogue:
     """The registry as this node sees it."""
 
@@ -113,6 +70,7 @@ class Catalogue:
         self._limiter = trio.CapacityLimiter(_REGISTRY_THREADS)
         self._manifests: OrderedDict[str, tuple[Manifest, bytes | None]] = OrderedDict()
         self._answers: OrderedDict[tuple[str, str], tuple[Any, float]] = OrderedDict()
+        self._membership = Membership(remote, store)
         self._quiet_until = float("-inf")
         self._failure: UenvError | None = None
 
@@ -120,6 +78,11 @@ class Catalogue:
     def remote(self) -> Remote:
         """The registry's client."""
         return self._remote
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """The directories of users' own images, by the namespace under which they are named."""
+        return self._config.sources
 
     def question(self, *, refresh: bool = False, budget_s: float | None = None) -> Question:
         """Begin a request."""
@@ -133,22 +96,41 @@ class Catalogue:
 
         Raises `LabelError`, `UnknownLabel`, `AmbiguousLabel`, `AccessDenied`, or the registry's error when nothing is remembered.
         """
+        if asked.name is None and asked.digest is not None:
+            asked = await trio.to_thread.run_sync(self._label_of, asked.digest)
         resolution.need_name(asked)
         wanted = self._complete(asked)
         known: dict[str, Sequence[str]] = {}
         direct = self._direct(wanted)
         candidates = direct or resolution.matching(wanted, await self._repositories(wanted, question))
-        found = await self._look(wanted, candidates, known, question)
+        found = await self._look(wanted, question.permitted(candidates), known, question)
         if not found and not direct:
             # The index names what was deployed; what others pushed is in the registry's own list only.
             unlisted = await self._unlisted(wanted, candidates, question)
-            found = await self._look(wanted, unlisted, known, question)
+            candidates = [*candidates, *unlisted]
+            found = await self._look(wanted, question.permitted(unlisted), known, question)
         if not found:
+            for repository in candidates:
+                if question.permit is not None:
+                    question.permit.require(repository.label)
             known |= await self._others(wanted, question)
         image = await self.image(resolution.choose(asked, found, known), question)
         self._warn(image.found, question)
         await trio.to_thread.run_sync(self._note, image)
         return image
+
+    def _label_of(self, digest: str) -> Label:
+        """Return the label of an image that this node has used, for one who knows it by its digest only (blocking).
+
+        A session knows its images by what is mounted, and nothing else of it is to be believed. Raises `UnknownLabel`.
+        """
+        cached = self._store.image(digest)
+        repository = resolution.Repository.parse(cached.repository) if cached is not None else None
+        if cached is None or repository is None:
+            raise UnknownLabel(
+                f"this node knows no image {digest[:19]}…", hint="name it: name/version@sha256:…"
+            )
+        return repository.label._replace(tag=next(iter(cached.tags), None), digest=digest)
 
     def _warn(self, found: Found, question: Question) -> None:
         """Tell the user of a deprecation, if that is known already: it is not worth a question to the registry."""
@@ -243,6 +225,23 @@ class Catalogue:
             log.info("the attachments of %s cannot be read: %s", found.label, error)
             return None
 
+    async def entry(self, image: Image, question: Question) -> Entry | None:
+        """Return what the index of its system says of an image; None where there is no index, or it does not name the image."""
+        found = image.found
+        index = await self._index(found.repository.label, question)
+        return index.entries.get((found.repository.path, found.digest)) if index is not None else None
+
+    async def document(self, name: str, question: Question, ask: Callable[[], Any]) -> Any:  # noqa: ANN401 - any JSON value
+        """Return a JSON value that ``ask`` makes of what the registry has, remembered under a name. Raises what ``ask`` raises."""
+        memory = self._store.memory
+        return await self._remembered(
+            ("document", name),
+            question,
+            ask=ask,
+            recall=lambda: memory.recall_document(name),
+            remember=lambda answer, when_s: memory.remember_document(name, answer, when_s),
+        )
+
     async def listing(self, wanted: Label, question: Question) -> list[Listed]:
         """Return every tagged image that a label with any fields missing may mean; the name is a prefix.
 
@@ -251,7 +250,8 @@ class Catalogue:
         wanted = self._complete(wanted)
         index = await self._index(wanted, question)
         if index is not None:
-            return resolution.listed(wanted, index)
+            listed = resolution.listed(wanted, index)
+            return [one for one in listed if question.permitted([one.found.repository])]
         listed = []
         for found in await self._find(wanted, question):
             try:
@@ -268,7 +268,7 @@ class Catalogue:
             wanted, await self._repositories(wanted, question), name_prefix=True
         )
         found = []
-        for repository in repositories:
+        for repository in question.permitted(repositories):
             for tag in resolution.image_tags(await self.tags(repository.path, question)):
                 if wanted.tag is None or wanted.tag == tag:
                     digest = await self.digest(repository.path, tag, question)
@@ -302,6 +302,7 @@ class Catalogue:
         anything = Label(namespace=wanted.namespace, system=wanted.system)
         try:
             paths = await self._repositories(anything, question)
+            paths = [one.path for one in question.permitted(resolution.matching(anything, paths))]
             same_name = resolution.matching(anything._replace(name=wanted.name), paths)
             tags = {repo.path: await self.tags(repo.path, question) for repo in same_name[:8]}
         except UenvError:
@@ -393,6 +394,8 @@ class Catalogue:
     async def _has_manifest(self, repository: Repository, digest: str, question: Question) -> bool:
         try:
             await self._manifest(repository.path, digest, question)
+            if self._config.access:
+                await self._ask(question, lambda: self._membership.require(repository.path, digest))
         except NotFound:
             return False
         return True
@@ -439,6 +442,10 @@ class Catalogue:
         if known is None:
             known = await trio.to_thread.run_sync(recall)
         now_s = time.time()
+        if known is not None:
+            question.oldest_s = max(question.oldest_s or 0.0, now_s - known[1])
+            if question.remembered_only:
+                return known[0]
         if known is not None and not question.refresh and 0 <= now_s - known[1] < self._config.resolve_ttl_s:
             return known[0]
         try:
@@ -460,6 +467,8 @@ class Catalogue:
 
     async def _ask(self, question: Question, ask: Callable[[], T]) -> T:
         """Ask the registry within the question's deadline. Raises `RegistryUnreachable` and the registry's other errors."""
+        if question.remembered_only:
+            raise RegistryUnreachable("the registry has not been asked that yet")
         if trio.current_time() < self._quiet_until and self._failure is not None:
             raise RegistryUnreachable(self._failure.message, hint=self._failure.hint)
         left_s = question.deadline_s - trio.current_time()
@@ -469,7 +478,7 @@ class Catalogue:
                 return ask()
 
         try:
-            with trio.fail_at(question.deadline_s + _THREAD_GRACE_S):
+            with METRICS.question(), trio.fail_at(question.deadline_s + _THREAD_GRACE_S):
                 answer = await trio.to_thread.run_sync(
                     in_thread, limiter=self._limiter, abandon_on_cancel=True
                 )
@@ -489,32 +498,3 @@ class Catalogue:
         log.warning("%s", error)
         self._failure = error
         self._quiet_until = trio.current_time() + _QUIET_S
-
-
-def make_image(found: Found, manifest: Manifest, raw_config: bytes | None) -> Image:
-    """Put together what is known of an image. Raises `ManifestError` when it is no squashfs image."""
-    config = None
-    if raw_config is not None:
-        try:
-            config = parse_config(raw_config)
-        except ManifestError as error:
-            log.warning("the metadata of %s is unusable: %s", manifest.digest, error)
-    return Image(found, manifest, squashfs_layer(manifest), raw_config, config)
-
-
-def listed_image(image: Image) -> Listed:
-    """Return what a list says of an image that is known down to its layer."""
-    date = image.manifest.annotations.get(CREATED) or (image.config.created if image.config else None)
-    return Listed(image.found, image.layer.digest, image.layer.size_bytes, date)
-
-
-def _first_line(error: UenvError) -> str:
-    return error.message.splitlines()[0] if error.message else error.code
-
-
-def _ago(age_s: float) -> str:
-    if age_s < 120:
-        return f"{max(age_s, 0):.0f} s ago"
-    if age_s < 7200:
-        return f"{age_s / 60:.0f} min ago"
-    return f"{age_s / 3600:.0f} h ago"

@@ -22,6 +22,8 @@ from typing import Final
 import trio
 
 from uenvd import protocol
+from uenvd.daemon.logs import about, step_name
+from uenvd.daemon.metrics import METRICS, result_of
 from uenvd.daemon.peer import Peer, peer_of
 from uenvd.errors import InternalError, LimitExceeded, ProtocolError, UenvError
 from uenvd.protocol import Frame, Request
@@ -124,6 +126,7 @@ class ControlServer:
             try:
                 async with self._counted(uid):
                     if uid != 0 and self._by_uid[uid] > self._limit:
+                        METRICS.refused_connections.inc(reason="limit")
                         await connection.send(
                             protocol.failure(
                                 LimitExceeded(f"uid {uid} has {self._limit} connections to uenvd already")
@@ -134,6 +137,7 @@ class ControlServer:
             except (PeerGone, trio.TooSlowError) as error:
                 log.debug("connection of pid %d (uid %d) ended: %r", peer.pid, uid, error)
             except ProtocolError as error:
+                METRICS.refused_connections.inc(reason="protocol")
                 log.info("pid %d (uid %d) broke the protocol: %s", peer.pid, uid, error)
             except Exception:
                 log.exception("connection of pid %d (uid %d) failed", peer.pid, uid)
@@ -185,15 +189,36 @@ class ControlServer:
     async def _answer(self, connection: Connection, frame: Frame) -> Answer:
         try:
             request = protocol.parse_request(frame)
-            return await self._handler(connection, request)
+        except ProtocolError as error:
+            METRICS.requests.inc(op="none", result=error.code)
+            return Answer(protocol.failure(error))
+        uid = connection.peer.identity.uid if request.uid is None else request.uid
+        job, step = request.job or (request.job_id or None, None)
+        with about(op=request.op, uid=uid, job=job, step=step_name(step)):
+            return await self._carry_out(connection, request)
+
+    async def _carry_out(self, connection: Connection, request: Request) -> Answer:
+        began_s = trio.current_time()
+        result = "gone"  # the peer, or the server
+        try:
+            answer = await self._handler(connection, request)
         except UenvError as error:
+            result = result_of(error)
+            log.info("%s: %s", error.code, error.message.partition("\n")[0])
             return Answer(protocol.failure(error))
         except PeerGone:
             raise
         except Exception:
-            log.exception("request %r failed", frame.get("op"))
+            log.exception("request %r failed", request.op)
+            result = InternalError.code
             return Answer(
                 protocol.failure(
                     InternalError("uenvd met an unexpected fault; the request was not carried out")
                 )
             )
+        else:
+            result = "ok"
+            return answer
+        finally:
+            METRICS.requests.inc(op=request.op, result=result)
+            METRICS.request_seconds.observe(trio.current_time() - began_s, op=request.op)

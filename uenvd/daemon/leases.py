@@ -25,7 +25,8 @@ class Lease:
 
     owner: Identity
     images: Sequence[Wanted]
-    views: tuple[ViewName, ...]
+    views: tuple[ViewName, ...] | None
+    """None: not even default views."""
     points: Sequence[str]
     """The mount points, in the order of ``images``."""
     job: tuple[int, int] | None

@@ -7,9 +7,11 @@ time; a cloner that ended is started again.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import subprocess
 from functools import partial
+from typing import Final
 
 import trio
 
@@ -20,6 +22,9 @@ from uenvd.errors import MountFailed
 from uenvd.mounts import PrivateMounts
 
 log = logging.getLogger(__name__)
+
+SPARES: Final = 2
+"""Each daemon that adopts an image uses one up and brings new ones; a daemon may be killed in between."""
 
 
 class Mounter:
@@ -47,6 +52,24 @@ class Mounter:
         """Make the FUSE mount of an image and attach it as ``name``. Raises `MountFailed`."""
         work = partial(self._private.add, name, fuse_fd, source=source, uid=owner.uid, gid=owner.gid)
         await trio.to_thread.run_sync(work)
+
+    async def attach(self, name: str, mount_fd: int) -> None:
+        """Attach a mount that an earlier daemon made, and close the descriptor. Raises `MountFailed`."""
+        try:
+            await trio.to_thread.run_sync(self._private.attach, name, mount_fd)
+        finally:
+            os.close(mount_fd)
+
+    async def spares(self, name: str) -> list[int]:
+        """Return detached copies of a mount, for daemons to come; the caller closes them. Raises `MountFailed`."""
+        return await trio.to_thread.run_sync(self._private.spares, name, SPARES)
+
+    async def set_readahead(self, name: str, size_bytes: int) -> None:
+        """Set how far the kernel reads ahead in files of an image; where that cannot be done the log says so."""
+        try:
+            await trio.to_thread.run_sync(self._private.set_readahead, name, size_bytes)
+        except MountFailed as error:
+            log.warning("%s", error)
 
     async def remove(self, name: str) -> None:
         """Let go of an image's mount; its clones live on. Completes even when cancelled; a failure is logged."""

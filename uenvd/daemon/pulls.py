@@ -8,6 +8,7 @@ under the GIL. Between looking a pull up and joining it there is no checkpoint.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,10 @@ import trio
 
 from uenvd.cache.pull import pull_blob
 from uenvd.cache.store import Store
-from uenvd.daemon.catalogue import Image
+from uenvd.cache.transfer import Tuning
+from uenvd.config import PullConfig
+from uenvd.daemon.metrics import METRICS, result_of
+from uenvd.daemon.question import Image
 from uenvd.errors import Cancelled, UenvError
 from uenvd.oci.manifest import Descriptor
 from uenvd.oci.remote import Remote
@@ -27,6 +31,9 @@ log = logging.getLogger(__name__)
 
 MAX_PULL_THREADS: Final = 32
 """More than one user may have (`limits.pulls`): nobody's slow pulls hold up all others."""
+MAX_PREFETCHES: Final = 2
+_RATE_EVERY_S: Final = 0.5
+_RATE_WEIGHT: Final = 0.3
 
 
 @dataclass(eq=False)
@@ -39,24 +46,43 @@ class Pull:
     cancelled: bool = False
     error: UenvError | None = None
     ended: trio.Event = field(default_factory=trio.Event)
+    rate_bytes_per_s: float = 0.0
+    """Over the last seconds; 0 while it is not known."""
+    _measured: tuple[float, int] | None = None
 
     def report(self, done_bytes: int, _total_bytes: int) -> None:
         """Take note of progress (called in the thread)."""
         self.done_bytes = done_bytes
+        now_s = time.monotonic()
+        if self._measured is None or done_bytes < self._measured[1]:
+            self._measured = now_s, done_bytes  # what was there already did not come at any rate
+            return
+        seconds = now_s - self._measured[0]
+        if seconds >= _RATE_EVERY_S:
+            rate = (done_bytes - self._measured[1]) / seconds
+            known = self.rate_bytes_per_s
+            self.rate_bytes_per_s = known + _RATE_WEIGHT * (rate - known) if known else rate
+            self._measured = now_s, done_bytes
 
 
 class Pulls:
     """The pulls of this daemon, by digest of the blob."""
 
-    def __init__(self, nursery: trio.Nursery, store: Store) -> None:
+    def __init__(self, nursery: trio.Nursery, store: Store, settings: PullConfig | None = None) -> None:
         self._nursery = nursery
         self._store = store
+        self._settings = settings or PullConfig()
+        self._prefetches = 0
         self._running: dict[str, Pull] = {}
         self._limiter = trio.CapacityLimiter(MAX_PULL_THREADS)
 
     @asynccontextmanager
-    async def join(self, remote: Remote, image: Image) -> AsyncIterator[Pull]:
+    async def join(
+        self, remote: Remote, image: Image, *, connections: int | None = None
+    ) -> AsyncIterator[Pull]:
         """Start the pull of a blob or join the one that runs; leaving the block gives it up.
+
+        ``connections``, if it is started: at most so many instead of the configured number.
 
         Wait with ``await pull.ended.wait()``, then look at ``pull.error``.
         """
@@ -66,7 +92,8 @@ class Pulls:
             pull = Pull(descriptor)
             previous = self._running.get(descriptor.digest)
             self._running[descriptor.digest] = pull
-            self._nursery.start_soon(self._run, pull, previous, remote, image.found.repository.path)
+            tuning = Tuning(connections or self._settings.connections, self._settings.piece_bytes)
+            self._nursery.start_soon(self._run, pull, previous, remote, image.found.repository.path, tuning)
         pull.waiters += 1
         try:
             yield pull
@@ -74,6 +101,34 @@ class Pulls:
             pull.waiters -= 1
             if pull.waiters == 0:
                 pull.cancelled = True
+
+    def prefetch(self, remote: Remote, image: Image) -> None:
+        """Begin to fetch an image of a job that was submitted, if the site wants that; no checkpoint.
+
+        Only into a directory that the nodes of the job see, over one connection, a few images at a time: it is a favour, not a duty.
+        """
+        digest = image.layer.digest
+        if (
+            self._settings.prefetch_on_submit
+            and self._store.shared is not None
+            and digest not in self._running
+            and self._prefetches < MAX_PREFETCHES
+        ):
+            self._prefetches += 1
+            self._nursery.start_soon(self._prefetch, remote, image)
+
+    async def _prefetch(self, remote: Remote, image: Image) -> None:
+        try:
+            if await trio.to_thread.run_sync(self._store.has, image.layer.digest):
+                return
+            async with self.join(remote, image, connections=1) as pull:
+                await pull.ended.wait()
+            if pull.error is None:
+                await self.record(image)
+        except UenvError as error:
+            log.warning("%s was not fetched ahead: %s", image.found.label, error)
+        finally:
+            self._prefetches -= 1
 
     async def record(self, image: Image) -> None:
         """Note in the cache under which repository and tag an image is known, with its manifest and metadata."""
@@ -88,12 +143,15 @@ class Pulls:
         )
         await trio.to_thread.run_sync(work)
 
-    async def _run(self, pull: Pull, previous: Pull | None, remote: Remote, repository: str) -> None:
+    async def _run(
+        self, pull: Pull, previous: Pull | None, remote: Remote, repository: str, tuning: Tuning
+    ) -> None:
         digest = pull.descriptor.digest
         try:
             if previous is not None:
                 await previous.ended.wait()
             log.info("pull of %s from %s begins (%d bytes)", digest, repository, pull.descriptor.size_bytes)
+            began_s = trio.current_time()
             work = partial(
                 pull_blob,
                 remote,
@@ -102,10 +160,13 @@ class Pulls:
                 self._store,
                 progress=pull.report,
                 cancelled=lambda: pull.cancelled,
+                tuning=tuning,
             )
             try:
                 await trio.to_thread.run_sync(work, limiter=self._limiter, abandon_on_cancel=True)
                 log.info("pull of %s is complete and verified", digest)
+                METRICS.pulled_bytes.inc(pull.descriptor.size_bytes)
+                METRICS.pull_seconds.observe(trio.current_time() - began_s)
             finally:
                 pull.cancelled = True  # for a thread that was abandoned because the daemon stops
         except UenvError as error:
@@ -120,6 +181,7 @@ class Pulls:
             log.exception("pull of %s failed", digest)
             pull.error = UenvError(f"the pull failed unexpectedly: {error}")
         finally:
+            METRICS.pulls.inc(result=result_of(pull.error))
             pull.ended.set()
             if self._running.get(digest) is pull:
                 del self._running[digest]

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os.path
+import pwd
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
+
+import trio
 
 from uenvd.config import Config
-from uenvd.daemon.catalogue import Catalogue, Image, Question
-from uenvd.errors import MountConflict, NoMetadata, UsageError, WrongArchitecture
+from uenvd.daemon.catalogue import Catalogue
+from uenvd.daemon.peer import Identity
+from uenvd.daemon.question import Image, Question
+from uenvd.errors import AccessDenied, LabelError, MountConflict, NoMetadata, UsageError, WrongArchitecture
 from uenvd.label import Description, Label, ViewName, parse_descriptions, parse_views
-from uenvd.views import EnvOp, ImageMeta, applied_key, select_views, view_ops
+from uenvd.views import EnvOp, ImageMeta, applied_key, select_views, view_ops, with_restore
+
+NO_VIEWS: Final = "none"
+"""The view list that opts out of default views. A view of this name has to be named with its image: ``uenv:none``."""
 
 
 @dataclass(frozen=True)
@@ -50,27 +59,57 @@ class Wanted:
     def pinned(self) -> Description:
         """A description that means the same image for ever."""
         if self.image is None:
-            return Description(None, self.path, self.mount)
+            # A label of a user's own source is kept: its path may hold what a description cannot.
+            return Description(
+                self.description.label, None if self.description.label else self.path, self.mount
+            )
         found = self.image.found
         return Description(found.label._replace(digest=found.digest), None, self.mount)
 
     @property
     def view_label(self) -> Label | None:
         """The label that a ``uenv:view`` is compared with."""
-        return self.image.found.label if self.image else None
+        return self.image.found.label if self.image else self.description.label
 
 
 async def look_up(catalogue: Catalogue, text: str, cwd: str | None, question: Question) -> list[Wanted]:
     """Find out what a description list means. Raises what `Catalogue.resolve` raises, `LabelError`, `MountConflict`."""
     found = []
     for description in parse_descriptions(text):
+        label = description.label
         if description.path is not None:
             found.append(Wanted(description, None, _absolute(description.path, cwd)))
+        elif label is not None and label.namespace is not None and label.namespace in catalogue.sources:
+            directory = catalogue.sources[label.namespace]
+            path = await trio.to_thread.run_sync(own_image, directory, label, question.owner)
+            found.append(Wanted(description, None, path))
         else:
             assert description.label is not None
             found.append(Wanted(description, await catalogue.resolve(description.label, question), None))
     _refuse_twins(found)
     return found
+
+
+def own_image(directory: str, label: Label, owner: Identity | None) -> str:
+    """Return the path of ``name/version:tag`` below a directory of users' own images: ``name/version/tag.squashfs`` (blocking).
+
+    Only a name is made here: the file is opened by a process with the owner's rights. Raises `LabelError`, `AccessDenied`.
+    """
+    if label.name is None or label.system or label.uarch or label.digest:
+        raise LabelError(
+            f"'{label}' names no file of the source '{label.namespace}'",
+            hint=f"name it {label.namespace}::NAME, NAME/VERSION or NAME/VERSION:TAG",
+        )
+    if owner is None:
+        raise AccessDenied("nobody is known for whom the file would be opened")
+    if "%" in directory:
+        try:
+            entry = pwd.getpwuid(owner.uid)
+        except KeyError:
+            raise AccessDenied(f"this node knows no user with uid {owner.uid}") from None
+        directory = directory.replace("%h", entry.pw_dir).replace("%u", entry.pw_name)
+    parts = [part for part in (label.name, label.version, label.tag) if part is not None]
+    return _normal(os.path.join(directory, *parts) + ".squashfs")
 
 
 def _absolute(path: str, cwd: str | None) -> str:
@@ -142,15 +181,19 @@ def is_listed(config: Config, mount_point: str) -> bool:
     return any(mount_point == point or mount_point.startswith(point + "/") for point in config.mount_points)
 
 
-def wanted_views(text: str | None) -> tuple[ViewName, ...]:
-    """Parse the request's view list; absent or empty means none. Raises `LabelError`."""
+def wanted_views(text: str | None) -> tuple[ViewName, ...] | None:
+    """Parse the request's view list: empty where none is named, None for "not even default views". Raises `LabelError`."""
+    if text is not None and text.strip() == NO_VIEWS:
+        return None
     return parse_views(text) if text and text.strip() else ()
 
 
 def environment(
-    images: Sequence[Wanted], metas: Sequence[ImageMeta | None], views: Sequence[ViewName]
+    images: Sequence[Wanted], metas: Sequence[ImageMeta | None], views: Sequence[ViewName] | None
 ) -> tuple[list[EnvOp], str]:
-    """Return the operations of the views, and their key. Raises `UnknownView`."""
+    """Return the operations of the views (see `wanted_views`), and their key. Raises `UnknownView`."""
     labelled = [(wanted.view_label, meta) for wanted, meta in zip(images, metas, strict=True)]
-    selected = select_views(labelled, views, use_default=True)
-    return view_ops(selected), applied_key([wanted.digest or wanted.label for wanted in images], selected)
+    selected = [] if views is None else select_views(labelled, views, use_default=True)
+    return with_restore(view_ops(selected)), applied_key(
+        [wanted.digest or wanted.label for wanted in images], selected
+    )

@@ -6,10 +6,12 @@ for the bytes later. States:
     opening -> pulling -> starting -> serving -> (gone)
                   \\__________\\____________\\-> failed
 
-Concurrency: one task a `Served`, in the daemon's nursery, which owns the FUSE descriptor, the mount in the daemon's
-namespace and the worker. `ServedImages` changes its tables and the counts of leases synchronously; between a look-up and
+Concurrency: one task a `Served`, in the daemon's nursery, which owns the mount in the daemon's namespace and the `Server`, which owns the
+FUSE descriptor. `ServedImages` changes its tables and the counts of leases synchronously; between a look-up and
 ``leases += 1`` there is no checkpoint. A `Served` without leases is let go after ``linger_s``: the daemon detaches its own
-mount, and the kernel ends the connection (and thereby the worker) when the last namespace that holds a clone is gone.
+mount, and the kernel ends the connection (and thereby its processes) when the last namespace that holds a clone is gone.
+
+What an earlier daemon served is adopted: a `Served` in state ``serving`` without leases (its users' leases ended with that daemon).
 """
 
 from __future__ import annotations
@@ -17,20 +19,23 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
 import trio
 
 from uenvd.cache.store import Store
-from uenvd.daemon.catalogue import Image
+from uenvd.daemon.adoption import Adopted
+from uenvd.daemon.metrics import METRICS
 from uenvd.daemon.mounter import Mounter
 from uenvd.daemon.peer import Identity
 from uenvd.daemon.pulls import Pulls
-from uenvd.daemon.workers import Worker, WorkerPool, begin_on
+from uenvd.daemon.question import Image
+from uenvd.daemon.resolution import Repository
+from uenvd.daemon.servers import Server, Servers
 from uenvd.errors import Cancelled, InternalError, InUse, MountFailed, UenvError
-from uenvd.handover import WorkerSetup
+from uenvd.handover import Duty
 from uenvd.oci.remote import Remote
 from uenvd.views import ImageMeta
 
@@ -57,22 +62,36 @@ class FileSource:
     owner: Identity
 
 
+@dataclass(frozen=True)
+class AdoptedSource:
+    """An image that an earlier daemon served."""
+
+    digest: str | None
+    """None: a file of ``owner``'s own."""
+    blob: str | None
+    size_bytes: int
+    repository: str | None = None
+    owner: Identity | None = None
+
+
 @dataclass(eq=False)
 class Served:
     """One FUSE connection and what is known of it."""
 
     label: str
-    source: BlobSource | FileSource
+    source: BlobSource | FileSource | AdoptedSource
     name: str = field(default_factory=lambda: secrets.token_hex(8))
     """Name of its mount in the daemon's namespace; new for each connection."""
     state: str = "opening"
     leases: int = 0
     done_bytes: int = 0
+    rate_bytes_per_s: float = 0.0
     meta: ImageMeta | None = None
     notes: tuple[str, ...] = ()
     """What the worker had to say of the image, for its users."""
     error: UenvError | None = None
-    worker: Worker | None = None
+    worker: Server | None = None
+    """Who serves it, once it is served."""
     changed: trio.Event = field(default_factory=trio.Event)
     retired: bool = False
     """No further lease may be taken on it."""
@@ -80,12 +99,46 @@ class Served:
     @property
     def digest(self) -> str | None:
         """Digest of the manifest; None for a file."""
-        return self.source.image.found.digest if isinstance(self.source, BlobSource) else None
+        match self.source:
+            case BlobSource():
+                return self.source.image.found.digest
+            case AdoptedSource():
+                return self.source.digest
+            case _:
+                return None
+
+    @property
+    def blob(self) -> tuple[str, int] | None:
+        """Digest and size in bytes of the image itself; None for a file."""
+        match self.source:
+            case BlobSource():
+                return self.source.image.layer.digest, self.source.image.layer.size_bytes
+            case AdoptedSource() if self.source.blob is not None:
+                return self.source.blob, self.source.size_bytes
+            case _:
+                return None
+
+    @property
+    def repository(self) -> Repository | None:
+        """Where the image comes from, as far as that is known."""
+        match self.source:
+            case BlobSource():
+                return self.source.image.found.repository
+            case AdoptedSource() if self.source.repository is not None:
+                return Repository.parse(self.source.repository)
+            case _:
+                return None
+
+    @property
+    def owner(self) -> Identity | None:
+        """Whose own file it is; None for an image of the registry."""
+        return None if isinstance(self.source, BlobSource) else self.source.owner
 
     @property
     def total_bytes(self) -> int:
         """Size of the image as far as it is known."""
-        return self.source.image.layer.size_bytes if isinstance(self.source, BlobSource) else 0
+        blob = self.blob
+        return blob[1] if blob is not None else 0
 
     @property
     def mount_source(self) -> str:
@@ -120,7 +173,7 @@ class ServedImages:
         store: Store,
         pulls: Pulls,
         mounter: Mounter,
-        workers: WorkerPool,
+        servers: Servers,
         worker_identity: Identity,
         worker_cache_bytes: int,
         linger_s: float,
@@ -129,7 +182,7 @@ class ServedImages:
         self._store = store
         self._pulls = pulls
         self._mounter = mounter
-        self._workers = workers
+        self._servers = servers
         self._worker_identity = worker_identity
         self._worker_cache_bytes = worker_cache_bytes
         self._linger_s = linger_s
@@ -148,6 +201,8 @@ class ServedImages:
             if served.digest is not None:
                 self._by_digest[served.digest] = served
             self._nursery.start_soon(self._run, served)
+        elif isinstance(served.source, AdoptedSource):
+            served.source = source  # the same image, and now we know more of it
         served.leases += 1
         return served
 
@@ -168,8 +223,7 @@ class ServedImages:
                 f"{served.label} is in use on this node",
                 hint=f"{served.leases} jobs or sessions have it mounted",
             )
-        self._retire(served)
-        await self._mounter.remove(served.name)
+        await self._let_go(served)
         with trio.move_on_after(_LET_GO_S):
             while served.state not in ("gone", "failed"):
                 await served.changed.wait()
@@ -191,46 +245,121 @@ class ServedImages:
         if served.digest is not None and self._by_digest.get(served.digest) is served:
             del self._by_digest[served.digest]
 
+    async def adopt(self, adopted: Adopted) -> None:
+        """Go on with what an earlier daemon served."""
+        duty = adopted.duty
+        served = Served(
+            duty.label,
+            AdoptedSource(
+                duty.digest,
+                duty.blob,
+                duty.size_bytes,
+                duty.repository,
+                None if duty.reader is None else Identity(*duty.reader),
+            ),
+            name=duty.name,
+        )
+        attached = False
+        if adopted.mount_fd is not None:
+            try:
+                await self._mounter.attach(served.name, adopted.mount_fd)
+                attached = True
+            except MountFailed as error:
+                log.warning("%s: its users are served, others get a new connection: %s", served.label, error)
+            adopted.mount_fd = None
+        if adopted.report is not None:
+            served.meta, served.notes = adopted.report.meta, adopted.report.notes
+        served.worker = await self._servers.adopt(adopted, attached=attached)
+        served.set_state("serving")
+        self._all.add(served)
+        if attached and served.digest is not None and served.digest not in self._by_digest:
+            self._by_digest[served.digest] = served
+        else:
+            await self._let_go(served)
+        log.info("%s is served by pid %s, since before this daemon", served.label, served.worker.pid)
+        METRICS.takeovers.inc(what="daemon")
+        self._nursery.start_soon(self._run_adopted, served, served.worker)
+
+    def prepare_stop(self) -> None:
+        """This daemon is about to end: images that nobody uses need not wait for the next one. No checkpoint."""
+        for served in self._all:
+            if served.leases == 0 and served.worker is not None:
+                served.worker.release()
+
     async def _run(self, served: Served) -> None:
         try:
             await self._serve(served)
         except UenvError as error:
             if not isinstance(error, Cancelled):
                 log.warning("%s: %s", served.label, error)
+                METRICS.image_failures.inc(code=error.code)
             served.error = error
         except Exception:
             log.exception("%s: serving failed", served.label)
+            METRICS.image_failures.inc(code=InternalError.code)
             served.error = InternalError(f"{served.label} cannot be served because of an unexpected fault")
         finally:
-            self._retire(served)
-            self._all.discard(served)
-            served.set_state("failed" if served.error else "gone")
+            self._end(served)
+
+    async def _run_adopted(self, served: Served, server: Server) -> None:
+        try:
+            await self._watch(served, server)
+        except Exception:
+            log.exception("%s: watching it failed", served.label)
+        finally:
+            self._end(served)
+
+    def _end(self, served: Served) -> None:
+        self._retire(served)
+        self._all.discard(served)
+        served.set_state("failed" if served.error else "gone")
 
     async def _serve(self, served: Served) -> None:
-        fuse_fd = await self._mounter.open_fuse()
+        server = self._servers.new(self._duty(served), await self._mounter.open_fuse())
         try:
-            await self._mounter.add(served.name, fuse_fd, served.mount_source, self._owner(served))
+            await self._mounter.add(served.name, server.fuse_fd, served.mount_source, self._owner(served))
             served.set_state("pulling")
-            await self._unless_abandoned(served, self._bring_up, fuse_fd)
+            await self._unless_abandoned(served, self._bring_up, server)
         except BaseException:
+            server.abandon()
             await self._mounter.remove(served.name)
             raise
-        finally:
-            os.close(fuse_fd)  # the worker has its own; without one, this ends the connection
-        await self._watch(served)
+        await self._watch(served, server)
 
     def _owner(self, served: Served) -> Identity:
         return served.source.owner if isinstance(served.source, FileSource) else self._worker_identity
 
+    def _duty(self, served: Served) -> Duty:
+        source, identity = served.source, self._worker_identity
+        owner = source.owner if isinstance(source, FileSource) else None
+        blob = served.blob
+        return self._servers.duty(
+            Duty(
+                name=served.name,
+                label=served.label,
+                source=served.mount_source,
+                uid=identity.uid,
+                gid=identity.gid,
+                groups=identity.groups,
+                digest=served.digest,
+                repository=source.image.found.repository.path if isinstance(source, BlobSource) else None,
+                blob=None if blob is None else blob[0],
+                size_bytes=served.total_bytes,
+                path=source.path if isinstance(source, FileSource) else None,
+                reader=None if owner is None else (owner.uid, owner.gid, owner.groups),
+                cache_bytes=self._worker_cache_bytes,
+            )
+        )
+
     async def _unless_abandoned(
-        self, served: Served, step: Callable[[Served, int], object], fuse_fd: int
+        self, served: Served, step: Callable[[Served, Server], Awaitable[None]], server: Server
     ) -> None:
         """Run a step, but give up as soon as nobody holds a lease any more."""
         failures: list[UenvError] = []
 
         async def run_step() -> None:
             try:
-                await step(served, fuse_fd)  # type: ignore[misc]
+                await step(served, server)
             except UenvError as error:
                 failures.append(error)
             nursery.cancel_scope.cancel()
@@ -245,79 +374,53 @@ class ServedImages:
         if failures:
             raise failures[0]
 
-    async def _bring_up(self, served: Served, fuse_fd: int) -> None:
+    async def _bring_up(self, served: Served, server: Server) -> None:
         source = served.source
-        if isinstance(source, FileSource):
+        await server.attend()
+        if isinstance(source, BlobSource):
+            if not await trio.to_thread.run_sync(self._store.has, source.image.layer.digest):
+                await self._pull(served, source)
+            await self._pulls.record(source.image)
+            image_fd = await trio.to_thread.run_sync(self._store.open, source.image.layer.digest)
+            try:
+                served.set_state("starting")
+                report = await server.serve(image_fd)
+            finally:
+                os.close(image_fd)  # the lock on the open file stays with the server
+        else:
             served.set_state("starting")
-            owner, identity = source.owner, self._worker_identity
-            setup = WorkerSetup(
-                ("fuse", "mntns"),
-                path=source.path,
-                reader=(owner.uid, owner.gid, owner.groups),
-                uid=identity.uid,
-                gid=identity.gid,
-                groups=identity.groups,
-                cache_bytes=self._worker_cache_bytes,
-                name=served.label,
-            )
-            descriptors = [fuse_fd, self._mounter.serving_namespace_fd]
-            await self._start_worker(served, setup, descriptors)
-            return
-        if not await trio.to_thread.run_sync(self._store.has, source.image.layer.digest):
-            await self._pull(served, source)
-        await self._pulls.record(source.image)
-        image_fd = await trio.to_thread.run_sync(self._store.open, source.image.layer.digest)
-        try:
-            served.set_state("starting")
-            identity = self._worker_identity
-            setup = WorkerSetup(
-                ("fuse", "image", "mntns"),
-                uid=identity.uid,
-                gid=identity.gid,
-                groups=identity.groups,
-                cache_bytes=self._worker_cache_bytes,
-                name=served.label,
-            )
-            await self._start_worker(served, setup, [fuse_fd, image_fd, self._mounter.serving_namespace_fd])
-        finally:
-            os.close(image_fd)  # the lock on the open file stays with the worker
+            report = await server.serve(None)
+        served.worker, served.meta, served.notes = server, report.meta, report.notes
+        log.info("%s is served by pid %s", served.label, server.pid)
+        served.set_state("serving")
 
     async def _pull(self, served: Served, source: BlobSource) -> None:
         async with self._pulls.join(source.remote, source.image) as pull:
             while not pull.ended.is_set():
-                served.done_bytes = pull.done_bytes
+                served.done_bytes, served.rate_bytes_per_s = pull.done_bytes, pull.rate_bytes_per_s
                 with trio.move_on_after(_POLL_S):
                     await pull.ended.wait()
             served.done_bytes = pull.done_bytes
             if pull.error is not None:
                 raise pull.error
 
-    async def _start_worker(self, served: Served, setup: WorkerSetup, descriptors: list[int]) -> None:
-        worker, report = await begin_on(self._workers, setup, descriptors)
-        served.worker = worker
-        served.meta = report.meta
-        served.notes = report.notes
-        log.info("%s is served by pid %d", served.label, worker.pid)
-        served.set_state("serving")
-
-    async def _watch(self, served: Served) -> None:
-        """Wait for the worker's end; let go of the mount when nobody has used it for a while."""
-        worker = served.worker
-        if worker is None:
-            raise InternalError(f"{served.label} has no worker")
+    async def _watch(self, served: Served, server: Server) -> None:
+        """Wait for the connection's end; let go of the mount when nobody has used it for a while."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._let_go_when_idle, served)
-            status = await worker.wait()
+            await server.wait()
             nursery.cancel_scope.cancel()
+        used = served.leases
         self._retire(served)
         with trio.CancelScope(shield=True):
             await self._mounter.remove(served.name)
-        if served.leases > 0 or status != 0:
-            log.error("%s: the worker (pid %d) ended with status %d", served.label, worker.pid, status)
+        METRICS.worker_ends.inc(how="unexpected" if used > 0 else "idle")
+        if used > 0:
+            log.error("%s: its connection ended while it was in use", served.label)
 
     async def _let_go_when_idle(self, served: Served) -> None:
         # Nobody else can come for a user's own file, so there is nothing to linger for.
-        linger_s = self._linger_s if isinstance(served.source, BlobSource) else 0.0
+        linger_s = self._linger_s if served.digest is not None else 0.0
         while True:
             while served.leases > 0:
                 await served.changed.wait()
@@ -326,6 +429,12 @@ class ServedImages:
                 await came_and_went.wait()
             if waiting.cancelled_caught and served.leases == 0:
                 break
-        self._retire(served)
         log.info("%s: no lease for %.0f s, letting go", served.label, linger_s)
+        await self._let_go(served)
+
+    async def _let_go(self, served: Served) -> None:
+        """Let the connection end with its last user; nobody new comes to it."""
+        self._retire(served)
         await self._mounter.remove(served.name)
+        if served.worker is not None:
+            served.worker.release()

@@ -15,25 +15,28 @@ from typing import Any, Final
 import trio
 
 from uenvd import __version__, mounts, protocol
-from uenvd.cache.store import Store
+from uenvd.cache.store import Level, Store
 from uenvd.config import Config
-from uenvd.daemon import requests, resolution
-from uenvd.daemon.catalogue import Catalogue, Image, Question, listed_image, make_image
+from uenvd.daemon import known, requests
+from uenvd.daemon.access import Access
+from uenvd.daemon.cached import Cached, records, user_of
+from uenvd.daemon.catalogue import Catalogue
 from uenvd.daemon.control import Answer, Connection
+from uenvd.daemon.journal import Journal
 from uenvd.daemon.leases import Lease, Leases
-from uenvd.daemon.peer import Identity, identity_of
+from uenvd.daemon.observe import Observer
+from uenvd.daemon.promises import Promises
 from uenvd.daemon.pulls import Pulls
+from uenvd.daemon.question import Image, Question
 from uenvd.daemon.requests import Wanted
-from uenvd.daemon.resolution import Listed
-from uenvd.daemon.served import BlobSource, Served, ServedImages
+from uenvd.daemon.served import Served, ServedImages
 from uenvd.errors import (
-    AccessDenied,
     LimitExceeded,
     MountConflict,
     SessionError,
     UsageError,
 )
-from uenvd.label import parse_descriptions, parse_namespaced_label
+from uenvd.label import parse_namespaced_label
 from uenvd.protocol import Request
 from uenvd.views import ImageMeta, ops_to_wire
 
@@ -56,14 +59,21 @@ class Service:
         self._pulls = pulls
         self._served = served
         self._leases = Leases(served, catalogue.remote, config.limits)
+        self._promises = Promises()
         self._pulls_of: Counter[int] = Counter()
+        self._access = Access(config.access)
+        self._cached = Cached(config, store, served, self._access)
         self.connections: Callable[[], int] = lambda: 0
+        self.observer = Observer(
+            store=store, served=served, leases=self._leases, journal=Journal(config.state_dir)
+        )
+        self.observer.watch_connections(lambda: self.connections())
 
     async def handle(self, connection: Connection, request: Request) -> Answer:
         """Carry one request out. Raises errors of the tree, which become its final frame."""
         match request.op:
             case "resolve":
-                return await self._resolve(request)
+                return await self._resolve(connection, request)
             case "mount":
                 return await self._mount(connection, request)
             case "wait":
@@ -73,32 +83,46 @@ class Service:
             case "pull":
                 return await self._pull(connection, request)
             case "find":
-                return await self._find(request)
+                return await self._find(connection, request)
             case "images":
-                return await self._images(request)
+                return await self._cached.images(connection, request)
             case "inspect":
-                return await self._inspect(request)
+                return await self._inspect(connection, request)
+            case "recipe":
+                return await self._recipe(connection, request)
             case "status":
                 return await self._status(connection)
+            case "metrics":
+                return await self.observer.metrics()
+            case "job":
+                return await self.observer.job(connection, request)
             case "evict":
-                return await self._evict(connection, request)
+                return await self._cached.evict(connection, request)
             case _:
-                return await self._pin(connection, request)
+                return await self._cached.pin(connection, request)
 
     # --- labels -----------------------------------------------------------------------------------------------------
 
-    async def _resolve(self, request: Request) -> Answer:
-        question = self._catalogue.question(refresh=request.refresh)
-        images = await requests.look_up(self._catalogue, request.uenv, request.cwd, question)
+    async def _resolve(self, connection: Connection, request: Request) -> Answer:
+        question = await self._question(connection, request)
+        job = request.job[0] if request.job is not None and connection.peer.is_root else None
+        text = self._promises.recall(job, request.uenv, request.cwd) or request.uenv
+        images = await requests.look_up(self._catalogue, text, request.cwd, question)
         views = requests.wanted_views(request.view)
         metas = [wanted.meta for wanted in images]
         if all(wanted.mount is not None for wanted in images):
             requests.mount_points(images, metas, None)
         if all(meta is not None for meta in metas):
             requests.environment(images, metas, views)
+        resolved = ",".join(str(wanted.pinned) for wanted in images)
+        self._promises.keep(job, request.uenv, request.cwd, resolved)
+        if request.submit:
+            for wanted in images:
+                if wanted.image is not None:
+                    self._pulls.prefetch(self._catalogue.remote, wanted.image)
         return Answer(
             protocol.success(
-                resolved=",".join(str(wanted.pinned) for wanted in images),
+                resolved=resolved,
                 images=[await self._describe(wanted) for wanted in images],
                 notes=question.notes,
             )
@@ -119,56 +143,21 @@ class Service:
     async def _is_cached(self, image: Image) -> bool:
         return await trio.to_thread.run_sync(self._store.has, image.layer.digest)
 
-    async def _find(self, request: Request) -> Answer:
-        question = self._catalogue.question(refresh=request.refresh, budget_s=_SLOW_BUDGET_S)
+    async def _find(self, connection: Connection, request: Request) -> Answer:
+        question = await self._question(connection, request, _SLOW_BUDGET_S)
+        question.remembered_only = request.remembered
         wanted = parse_namespaced_label(request.uenv)
         listed = await self._catalogue.listing(wanted, question)
         for one in [one for one in listed if one.deprecated][:_SHOWN_DEPRECATIONS]:
             question.note(f"{one.found.label._replace(namespace=None)} is deprecated: {one.deprecated}")
-        return Answer(protocol.success(records=await self._records(listed), notes=question.notes))
-
-    async def _records(self, listed: Sequence[Listed]) -> list[dict[str, Any]]:
-        digests = {one.layer_digest for one in listed}
-        cached = await trio.to_thread.run_sync(
-            lambda: {digest for digest in digests if self._store.has(digest)}
+        age_s = question.oldest_s
+        return Answer(
+            protocol.success(records=await records(self._store, listed), notes=question.notes, age_s=age_s)
         )
-        return [_record(one, cached=one.layer_digest in cached) for one in listed]
 
-    async def _images(self, request: Request) -> Answer:
-        wanted = parse_namespaced_label(request.uenv)
-        wanted = wanted._replace(system=wanted.system or self._config.system)
-        stored = await trio.to_thread.run_sync(self._stored_images)
-        matching = [
-            (image, pinned)
-            for image, pinned in stored
-            if wanted.matches(image.found.label._replace(digest=image.found.digest), name_prefix=True)
-        ]
-        records = [
-            record | {"pinned": pinned}
-            for record, (_image, pinned) in zip(
-                await self._records([listed_image(image) for image, _pinned in matching]),
-                matching,
-                strict=True,
-            )
-        ]
-        return Answer(protocol.success(records=records, notes=[]))
-
-    def _stored_images(self) -> list[tuple[Image, bool]]:
-        """Return every image of the cache under each of its tags, and whether it is pinned (blocking)."""
-        images = []
-        for cached in self._store.images():
-            repository = resolution.Repository.parse(cached.repository)
-            manifest = self._store.manifest(cached.manifest_digest)
-            if repository is None or manifest is None:
-                continue
-            raw_config = self._store.config(manifest)
-            for tag in cached.tags or (None,):
-                found = resolution.Found(repository, tag, cached.manifest_digest)
-                images.append((make_image(found, manifest, raw_config), cached.pinned))
-        return images
-
-    async def _inspect(self, request: Request) -> Answer:
-        question = self._catalogue.question(refresh=request.refresh)
+    async def _inspect(self, connection: Connection, request: Request) -> Answer:
+        question = await self._question(connection, request)
+        question.remembered_only = request.remembered
         wanted = await self._one(request, question)
         image = wanted.image
         if image is None:
@@ -193,9 +182,22 @@ class Service:
                 if meta
                 else None,
                 architecture=architecture,
+                **await known.evidence(self._catalogue, image, question),
                 annotations=dict(image.manifest.annotations),
                 notes=question.notes,
             )
+        )
+
+    async def _recipe(self, connection: Connection, request: Request) -> Answer:
+        question = await self._question(connection, request)
+        wanted = await self._one(request, question)
+        if wanted.image is None:
+            raise UsageError(
+                "uenvd reads the recipes of images of the registry only", hint="look into the file"
+            )
+        files = await known.recipe(self._catalogue, wanted.image, question)
+        return Answer(
+            protocol.success(label=wanted.label, digest=wanted.digest, files=files, notes=question.notes)
         )
 
     async def _one(self, request: Request, question: Question) -> Wanted:
@@ -206,16 +208,18 @@ class Service:
 
     # --- mounts -----------------------------------------------------------------------------------------------------
 
-    async def _user_of(self, connection: Connection, request: Request) -> Identity:
-        if request.uid is None or request.uid == connection.peer.identity.uid:
-            return connection.peer.identity
-        if not connection.peer.is_root:
-            raise AccessDenied(f"uid {connection.peer.identity.uid} cannot speak for uid {request.uid}")
-        return await trio.to_thread.run_sync(identity_of, request.uid)
+    async def _question(
+        self, connection: Connection, request: Request, budget_s: float | None = None
+    ) -> Question:
+        """Begin a request for the user whom it is for. Raises `AccessDenied` when the peer may not speak for him."""
+        owner = await user_of(connection, request)
+        question = self._catalogue.question(refresh=request.refresh, budget_s=budget_s)
+        question.permit = await self._access.permit(owner)
+        return question
 
     async def _mount(self, connection: Connection, request: Request) -> Answer:
-        owner = await self._user_of(connection, request)
-        question = self._catalogue.question(refresh=request.refresh, budget_s=_MOUNT_BUDGET_S)
+        question = await self._question(connection, request, _MOUNT_BUDGET_S)
+        owner = question.owner or connection.peer.identity
         images = await requests.look_up(self._catalogue, request.uenv, request.cwd, question)
         requests.refuse_foreign(self._config, images)
         views = requests.wanted_views(request.view)
@@ -225,16 +229,17 @@ class Service:
         images, points = [images[index] for index in order], [points[index] for index in order]
         lease = Lease(owner, images, views, points, request.job)
         self._leases.begin(lease)
-        connection.on_close.append(lambda: self._leases.end(lease))
+        connection.on_close.append(lambda: self._end(lease))
         clones: list[int] = []
         try:
+            await self.observer.began(lease, [one for one in lease.served if one.state == "opening"])
             for served in lease.served:
                 clones.append(await self._served.clone(served))
             env, applied = self._environment(lease) if lease.ready else (None, "")
         except BaseException:
             for clone in clones:
                 os.close(clone)
-            self._leases.end(lease)
+            self._end(lease)
             raise
         log.info(
             "uid %d mounts %s%s", owner.uid, request.uenv, f" for job {request.job[0]}" if request.job else ""
@@ -273,7 +278,12 @@ class Service:
                     hint=f"say so in the request: {wanted.description}:{meant}",
                 )
         ops, applied = requests.environment(lease.images, metas, lease.views)
+        self.observer.usable(lease, applied)
         return ops_to_wire(ops), applied
+
+    def _end(self, lease: Lease) -> None:
+        self._leases.end(lease)
+        self.observer.ended(lease)
 
     async def _wait(self, connection: Connection, request: Request) -> Answer:
         lease = self._leases.get(request.lease)
@@ -320,7 +330,7 @@ class Service:
             raise LimitExceeded(f"uid {uid} has {self._pulls_of[uid]} pulls under way on this node")
         self._pulls_of[uid] += 1
         try:
-            question = self._catalogue.question(refresh=request.refresh, budget_s=_SLOW_BUDGET_S)
+            question = await self._question(connection, request, _SLOW_BUDGET_S)
             images = await requests.look_up(self._catalogue, request.uenv, request.cwd, question)
             for wanted in images:
                 if wanted.image is not None:
@@ -334,9 +344,8 @@ class Service:
         if not await self._is_cached(image):
             async with self._pulls.join(self._catalogue.remote, image) as pull:
                 while not pull.ended.is_set():
-                    text = _pulling(label, pull.done_bytes, image.layer.size_bytes)
                     await connection.send(
-                        protocol.progress("pull", pull.done_bytes, image.layer.size_bytes, text)
+                        _pulling(label, pull.done_bytes, image.layer.size_bytes, pull.rate_bytes_per_s)
                     )
                     with trio.move_on_after(protocol.HEARTBEAT_S):
                         await pull.ended.wait()
@@ -344,47 +353,26 @@ class Service:
                     raise pull.error
         await self._pulls.record(image)
 
-    async def _evict(self, connection: Connection, request: Request) -> Answer:
-        if not connection.peer.is_root:
-            raise AccessDenied("only root may evict images from the node's cache")
-        stored = await self._stored(request)
-        await self._served.let_go(stored)
-        freed = await trio.to_thread.run_sync(self._store.evict, stored)
-        return Answer(protocol.success(freed_bytes=freed))
-
-    async def _pin(self, connection: Connection, request: Request) -> Answer:
-        if not connection.peer.is_root:
-            raise AccessDenied("only root may pin images in the node's cache")
-        await trio.to_thread.run_sync(self._store.pin, await self._stored(request), request.pin)
-        return Answer(protocol.success())
-
-    async def _stored(self, request: Request) -> str:
-        """Return the manifest digest of one image, whether its tag still exists in the registry or not."""
-        label = parse_descriptions(request.uenv)[0].label
-        if label is None:
-            raise UsageError(f"'{request.uenv}' is no image of the cache")
-        if label.digest is not None:
-            return label.digest
-        wanted = label._replace(system=label.system or self._config.system)
-        stored = await trio.to_thread.run_sync(self._stored_images)
-        matching = [image.found for image, _pinned in stored if wanted.matches(image.found.label)]
-        return resolution.choose(label, matching, {}).digest
-
     async def _status(self, connection: Connection) -> Answer:
         """Say what is served. Files and leases of others are root's business only."""
         uid = connection.peer.identity.uid
 
-        def is_visible(served: Served) -> bool:
-            source = served.source
-            return uid == 0 or isinstance(source, BlobSource) or source.owner.uid == uid
+        permit = await self._access.permit(connection.peer.identity)
 
-        used, free = await trio.to_thread.run_sync(self._store.usage)
+        def is_visible(served: Served) -> bool:
+            if served.owner is not None:
+                return uid in (0, served.owner.uid)
+            repository = served.repository
+            return permit.allows(repository.label) if repository is not None else uid == 0
+
+        levels = await trio.to_thread.run_sync(self._store.levels)
         return Answer(
             protocol.success(
                 version=__version__,
                 system=self._config.system,
                 uarch=self._config.uarch,
                 registry=str(self._catalogue.remote.address),
+                mount_points=list(self._config.mount_points),
                 images=[
                     {
                         "digest": served.digest,
@@ -394,6 +382,7 @@ class Service:
                         "done_bytes": served.done_bytes,
                         "total_bytes": served.total_bytes,
                         "worker": served.worker.pid if served.worker else None,
+                        "workers": list(served.worker.worker_pids) if served.worker else [],
                     }
                     for served in self._served
                     if is_visible(served)
@@ -407,10 +396,22 @@ class Service:
                     for lease in self._leases
                     if uid in (0, lease.owner.uid)
                 ],
-                cache={"path": str(self._config.cache_local), "used_bytes": used, "free_bytes": free},
+                cache=_level(levels[0]) | {"levels": [_level(level) for level in levels]},
                 connections=self.connections(),
+                metrics=self.observer.summary(),
             )
         )
+
+
+def _level(level: Level) -> dict[str, Any]:
+    return {
+        "name": level.name,
+        "path": str(level.path),
+        "used_bytes": level.used_bytes,
+        "free_bytes": level.free_bytes,
+        "quota_bytes": level.quota_bytes,
+        "error": level.error,
+    }
 
 
 def _best_meta(wanted: Wanted, served: Served) -> ImageMeta | None:
@@ -424,29 +425,20 @@ def _progress(lease: Lease) -> protocol.Frame:
     total = sum(served.total_bytes for served in waiting)
     first = waiting[0]
     if first.state == "pulling":
-        return protocol.progress("pull", done, total, _pulling(first.label, done, total))
+        return _pulling(first.label, done, total, sum(served.rate_bytes_per_s for served in waiting))
     return protocol.progress("start", done, total, f"starting {first.label}")
 
 
-def _pulling(label: str, done_bytes: int, total_bytes: int) -> str:
-    return f"pulling {label}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB"
+def _pulling(label: str, done_bytes: int, total_bytes: int, rate_bytes_per_s: float) -> protocol.Frame:
+    text = f"pulling {label}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB"
+    frame = protocol.progress("pull", done_bytes, total_bytes, text, rate_bytes_per_s)
+    if "eta_s" in frame:
+        frame["message"] += f", {rate_bytes_per_s / 1e6:.0f} MB/s, {_duration(frame['eta_s'])} left"
+    return frame
 
 
-def _record(listed: Listed, *, cached: bool) -> dict[str, Any]:
-    label = listed.found.label
-    record: dict[str, Any] = {
-        "name": label.name,
-        "version": label.version,
-        "tag": label.tag,
-        "system": label.system,
-        "uarch": label.uarch,
-        "namespace": label.namespace,
-        "digest": listed.found.digest,
-        "size_bytes": listed.size_bytes,
-        "date": listed.date,
-        "cached": cached,
-    }
-    return record if listed.deprecated is None else record | {"deprecated": listed.deprecated}
+def _duration(seconds: int) -> str:
+    return f"{seconds} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _date(image: Image) -> str | None:

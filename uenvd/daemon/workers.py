@@ -1,7 +1,7 @@
-"""Processes that serve images (`uenvd-fs --supervised`): started ahead, handed their work, watched.
+"""Processes that serve images: started ahead of time, and handed their work.
 
-Concurrency: one spare worker is kept warm, so that a mount does not wait for an interpreter to start. A worker that
-has its image belongs to the task that took it. Workers survive the daemon: they are never killed at its end.
+Concurrency: one spare process is kept warm, so that a mount does not wait for an interpreter to start. One that has its image belongs to the
+task that took it. They survive the daemon: none is killed at its end but the spare one.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ log = logging.getLogger(__name__)
 REPORT_DEADLINE_S: Final = 30.0
 
 
-class Worker:
+SUPERVISOR: Final = ("-m", "uenvd.fuse.supervisor")
+SESSION: Final = ("-m", "uenvd.fuse.worker", "--supervised")
+"""What to start: a supervisor, or a process that serves by itself through libfuse."""
+
+
+class Process:
     """One started process and our end of its channel."""
 
     def __init__(self, process: subprocess.Popen[bytes], channel: socket.socket) -> None:
         self._process = process
-        self._channel = trio.socket.from_stdlib_socket(channel)
-        self._handed_over = False
+        self.channel = channel
 
     @property
     def pid(self) -> int:
@@ -42,9 +46,35 @@ class Worker:
         """Whether the process has not ended."""
         return self._process.poll() is None
 
+    async def reap(self) -> int:
+        """Wait for the end of the process; return its exit status."""
+        return await trio.to_thread.run_sync(self._process.wait, abandon_on_cancel=True)
+
+    def kill(self) -> None:
+        """End the process without waiting for that."""
+        self._process.kill()
+
+    def discard(self) -> None:
+        """End a process that serves nobody (a spare one, or one whose setup failed)."""
+        self.channel.close()
+        self._process.kill()
+        self._process.wait()
+
+
+class Worker:
+    """A process that serves an image by itself."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._channel = trio.socket.from_stdlib_socket(process.channel)
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
     async def begin(self, setup: WorkerSetup, descriptors: Sequence[int]) -> WorkerReport:
         """Hand the image over and wait for the report. Raises the worker's own error, or `WorkerFailed`."""
-        self._handed_over = True
         try:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handover.pack_descriptors(descriptors))]
             await self._channel.sendmsg([setup.encode()], rights)
@@ -69,72 +99,73 @@ class Worker:
         while await self._channel.recv(4096):
             pass  # a worker has nothing more to say; EOF is its end
         self._channel.close()
-        return await trio.to_thread.run_sync(self._process.wait, abandon_on_cancel=True)
+        return await self._process.reap()
 
     def discard(self) -> None:
-        """End a worker that serves nobody (a spare one, or one whose setup failed)."""
+        """End the process."""
         self._channel.close()
-        self._process.kill()
-        self._process.wait()
+        self._process.discard()
 
 
-def start_worker() -> Worker:
-    """Start a process that waits for its setup."""
+def start_process(what: Sequence[str]) -> Process:
+    """Start a process that waits for its work. Raises `OSError`."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-m", "uenvd.fuse.worker", "--supervised", str(theirs.fileno())],
+            [sys.executable, *what, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-    return Worker(process, ours)
+    return Process(process, ours)
 
 
 class WorkerPool:
-    """Keeps one worker ahead of demand."""
+    """Keeps one process ahead of demand. ``what``: `SUPERVISOR` or `SESSION`."""
 
-    def __init__(self) -> None:
-        self._spare: list[Worker] = []
+    def __init__(self, what: Sequence[str] = SUPERVISOR) -> None:
+        self._what = what
+        self._spare: list[Process] = []
         self._wanted = trio.Event()
 
     async def run(self) -> None:
-        """Start a spare worker whenever there is none; end it when cancelled."""
+        """Start a spare process whenever there is none; end it when cancelled."""
         try:
             while True:
                 if not self._spare:
-                    self._spare.append(await trio.to_thread.run_sync(start_worker))
+                    try:
+                        self._spare.append(await trio.to_thread.run_sync(start_process, self._what))
+                    except OSError as error:  # too many processes: an ordinary event
+                        log.warning("no process can be started ahead: %s", error)
                 self._wanted = trio.Event()
                 await self._wanted.wait()
         finally:
-            for worker in self._spare:
-                worker.discard()
+            for process in self._spare:
+                process.discard()
 
-    async def take(self) -> Worker:
-        """Return a worker without an image. Raises `WorkerFailed`."""
+    async def take(self) -> Process:
+        """Return a process without an image. Raises `WorkerFailed`."""
         while self._spare:
-            worker = self._spare.pop()
+            process = self._spare.pop()
             self._wanted.set()
-            if worker.alive:
-                return worker
-            log.warning("a spare worker had ended (pid %d)", worker.pid)
+            if process.alive:
+                return process
+            process.discard()
+            log.warning("a spare process had ended (pid %d)", process.pid)
         self._wanted.set()
         try:
-            return await trio.to_thread.run_sync(start_worker)
+            return await trio.to_thread.run_sync(start_process, self._what)
         except OSError as error:
-            raise WorkerFailed(f"no worker can be started: {error}") from error
+            raise WorkerFailed(f"no process can be started: {error}") from error
 
 
 async def begin_on(
     pool: WorkerPool, setup: WorkerSetup, descriptors: Sequence[int]
 ) -> tuple[Worker, WorkerReport]:
-    """Take a worker and hand it the image; a worker that fails is ended."""
-    worker = await pool.take()
+    """Take a process of kind `SESSION` and hand it the image; one that fails is ended."""
+    worker = Worker(await pool.take())
     try:
         return worker, await worker.begin(setup, descriptors)
-    except UenvError:
-        worker.discard()
-        raise
-    except trio.Cancelled:
+    except (UenvError, trio.Cancelled):
         worker.discard()
         raise

@@ -7,10 +7,10 @@ from typing import Final
 from xml.etree import ElementTree
 
 from uenvd.errors import DeployRefused, ReportError
-from uenvd.oci.attach import REFRAME_TYPE, attachments, when
+from uenvd.oci.attach import REFRAME_TYPE, VERDICT, attachments, when
 from uenvd.oci.manifest import TITLE, Descriptor, Manifest
 from uenvd.oci.remote import Remote
-from uenvd.publish.reframe.report import MAX_REPORT_BYTES, TESTED, VERDICT, WAIVED, judge
+from uenvd.publish.reframe.report import MAX_REPORT_BYTES, TESTED, WAIVED, judge
 
 _SHOWN: Final = 8
 _HOW_TO_TEST: Final = "test it: uenvd-publish test LABEL@DIGEST"

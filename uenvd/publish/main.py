@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 
 from uenvd import __version__
 from uenvd.errors import InternalError, ResourceMissing, UenvError, UsageError
+from uenvd.oci.credentials import forbid_core_dumps
 from uenvd.publish.console import say
 
 PROGRAM = "uenvd-publish"
@@ -33,8 +34,23 @@ class Command(NamedTuple):
 COMMANDS: Final[dict[str, Command]] = {
     "validate": Command(
         "uenvd.publish.validate",
-        "check recipes without building them",
+        "check recipes, or a whole site's configuration with its recipes, without building anything",
         "uenvd-publish validate recipes/python-sci/2026.11",
+    ),
+    "plan": Command(
+        "uenvd.publish.plan_command",
+        "show what a site's configuration asks to be built, or write it as a pipeline for GitLab or GitHub",
+        "uenvd-publish plan 'prgenv-*' --changed origin/main",
+    ),
+    "status": Command(
+        "uenvd.publish.status",
+        "post the status of a commit to GitHub, Gitea, Forgejo or GitLab",
+        "uenvd-publish status success --cell app/1.0-daint/gh200 --stage test",
+    ),
+    "trigger": Command(
+        "uenvd.publish.trigger",
+        "start what a comment asks for, if its author may",
+        "uenvd-publish trigger --user alice --base origin/main 'cscs-ci run alps;system=eiger;uarch=zen2;uenv=app:1.0'",
     ),
     "lock": Command(
         "uenvd.publish.lock",
@@ -94,7 +110,7 @@ COMMANDS: Final[dict[str, Command]] = {
     "deprecate": Command(
         "uenvd.publish.deprecate",
         "mark a released image as one that should not be used any more",
-        "uenvd-publish deprecate app/1.0:v1@daint%gh200 'use v2: wrong BLAS'",
+        "uenvd-publish deprecate app/1.0:v1@daint%gh200 'wrong BLAS' --successor app/1.0:v2 --date 2027-03-31",
     ),
     "list": Command(
         "uenvd.publish.show",
@@ -119,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words = list(sys.argv[1:] if argv is None else argv)
         arguments = _parser(words).parse_args(words)
+        forbid_core_dumps(private=False)
         status: int = arguments.run(arguments)
         sys.stdout.flush()
     except UenvError as error:

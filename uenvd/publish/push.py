@@ -14,6 +14,7 @@ from uenvd.label import Label, parse_namespaced_label
 from uenvd.oci.manifest import (
     CONFIG_TYPE,
     LAYER_TITLE,
+    MANIFEST_TYPE,
     MAX_CONFIG_BYTES,
     SQUASHFS_TYPE,
     TITLE,
@@ -98,6 +99,81 @@ def check_tag(tag: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a squashfs file becomes in a registry; it depends on the file only."""
+
+    path: Path
+    layer: Descriptor
+    config: bytes
+    raw: bytes
+    """The manifest."""
+    notes: tuple[str, ...]
+    """Lines for the user."""
+
+    @property
+    def digest(self) -> str:
+        """Of the manifest."""
+        return digest_of(self.raw)
+
+
+def prepare_image(
+    path: Path, repository: str, *, architecture: str | None = None, hashing: Progress
+) -> Prepared:
+    """Hash a squashfs file, and make the config blob and manifest that it gets in ``repository``. No registry is asked.
+
+    Raises `FormatError` for what is no squashfs, `WrongArchitecture` if the programs in it are not for the repository's
+    microarchitecture, `UsageError` for a file that cannot be read.
+    """
+    contents = read_contents(path)
+    architecture = architecture or contents.architecture
+    _check_architecture(repository, architecture)
+    layer = describe(path, hashing)
+    config = ImageConfig(
+        contents.meta, architecture, contents.created, layer.digest, layer.size_bytes, read_chunks(path)
+    ).encode()
+    if len(config) > MAX_CONFIG_BYTES:
+        raise FormatError(
+            f"{path}: its metadata and chunk list need {len(config)} bytes, more than the {MAX_CONFIG_BYTES} of a config blob",
+            hint="has meta/env.json views with very long lists?",
+        )
+    config_descriptor = Descriptor(CONFIG_TYPE, digest_of(config), len(config))
+    annotations = {"org.opencontainers.image.title": contents.meta.name} if contents.meta else {}
+    raw = build_manifest(layer, config_descriptor, annotations, created=contents.created)
+    notes = []
+    if contents.meta is None:
+        notes.append(
+            "the image has no usable meta/env.json: its users must name a mount point, and it has no views"
+        )
+    elif contents.meta.mount is None:
+        notes.append("the image does not say where it wants to be mounted: its users must name a mount point")
+    if architecture is None:
+        notes.append("no programs were found in the image: it can be used on any architecture")
+    return Prepared(path, layer, config, raw, tuple(notes))
+
+
+def upload_blobs(remote: Remote, repository: str, image: Prepared, progress: Progress) -> None:
+    """Upload what the manifest names. Nobody sees an image before a manifest is pushed."""
+    remote.push_blob(repository, image.path, image.layer, progress)
+    remote.push_bytes(repository, image.config, CONFIG_TYPE)
+
+
+def give_tag(
+    remote: Remote,
+    repository: str,
+    tag: str,
+    raw: bytes,
+    media_type: str = MANIFEST_TYPE,
+    *,
+    force: bool = False,
+) -> str:
+    """Push a manifest under a tag that is free, its own or one that moves; return its digest. Raises `UsageError` for another image's."""
+    check_free(remote, repository, tag, digest_of(raw), force)
+    digest = remote.push_manifest(repository, tag, raw, media_type)
+    check_kept(remote, repository, tag, digest)
+    return digest
+
+
 def push_image(
     remote: Remote,
     path: Path,
@@ -111,45 +187,20 @@ def push_image(
 ) -> Pushed:
     """Push a squashfs file: layer, config blob, manifest, and last the tags. Tags in ``build`` are never overwritten, not by ``force``.
 
-    The manifest depends on the file only, so pushing one file twice changes nothing. Raises `FormatError` for what is no
-    squashfs, `WrongArchitecture` if the programs in it are not for the label's microarchitecture, `UsageError` if a tag belongs
-    to another image (and not ``force``), and the remote's errors.
+    The manifest depends on the file only, so pushing one file twice changes nothing. Raises what `prepare_image` raises, `UsageError`
+    if a tag belongs to another image (and not ``force``), and the remote's errors.
     """
     for tag in also_tags:
         check_tag(tag)
-    contents = read_contents(path)
-    architecture = architecture or contents.architecture
-    _check_architecture(target, architecture)
-    layer = describe(path, hashing)
-    config = ImageConfig(
-        contents.meta, architecture, contents.created, layer.digest, layer.size_bytes, read_chunks(path)
-    ).encode()
-    if len(config) > MAX_CONFIG_BYTES:
-        raise FormatError(
-            f"{path}: its metadata and chunk list need {len(config)} bytes, more than the {MAX_CONFIG_BYTES} of a config blob",
-            hint="has meta/env.json views with very long lists?",
-        )
-    config_descriptor = Descriptor(CONFIG_TYPE, digest_of(config), len(config))
-    annotations = {"org.opencontainers.image.title": contents.meta.name} if contents.meta else {}
-    raw = build_manifest(layer, config_descriptor, annotations, created=contents.created)
+    image = prepare_image(path, target.repository, architecture=architecture, hashing=hashing)
     tags = dict.fromkeys([target.reference, *also_tags])
     for tag in tags:
-        check_free(remote, target.repository, tag, digest_of(raw), force)
-    remote.push_blob(target.repository, path, layer, progress)
-    remote.push_bytes(target.repository, config, CONFIG_TYPE)
+        check_free(remote, target.repository, tag, image.digest, force)
+    upload_blobs(remote, target.repository, image, progress)
     for tag in tags:
-        remote.push_manifest(target.repository, tag, raw)
-        check_kept(remote, target.repository, tag, digest_of(raw))
-    notes = []
-    if contents.meta is None:
-        notes.append(
-            "the image has no usable meta/env.json: its users must name a mount point, and it has no views"
-        )
-    elif contents.meta.mount is None:
-        notes.append("the image does not say where it wants to be mounted: its users must name a mount point")
-    if architecture is None:
-        notes.append("no programs were found in the image: it can be used on any architecture")
-    return Pushed(digest_of(raw), tuple(notes))
+        remote.push_manifest(target.repository, tag, image.raw)
+        check_kept(remote, target.repository, tag, image.digest)
+    return Pushed(image.digest, image.notes)
 
 
 def move_tag(remote: Remote, target: Target, tag: str, *, force: bool = False) -> str:
@@ -176,8 +227,8 @@ def describe(path: Path, progress: Progress) -> Descriptor:
     return Descriptor(SQUASHFS_TYPE, f"sha256:{hasher.hexdigest()}", done, {TITLE: LAYER_TITLE})
 
 
-def _check_architecture(target: Target, architecture: str | None) -> None:
-    uarch = target.repository.split("/")[2]
+def _check_architecture(repository: str, architecture: str | None) -> None:
+    uarch = repository.split("/")[2]
     expected = ARCHITECTURES.get(uarch)
     if architecture is not None and expected is not None and architecture != expected:
         raise WrongArchitecture(

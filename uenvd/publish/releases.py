@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from uenvd.errors import DeployRefused, ManifestError, NotFound, RegistryDenied, RegistryError
 from uenvd.oci import index as indexes
@@ -27,8 +28,10 @@ from uenvd.publish.gate import check_tested
 from uenvd.publish.options import BUILD
 
 DEPRECATION_TYPE: Final = "uenv/deprecation"
-"""Why an image should not be used any more: JSON ``{"reason": text or null}``; the newest one counts."""
+"""Why an image should not be used any more: JSON ``{"reason": text or null, "date": "YYYY-MM-DD", "successor": label}``; the newest one counts."""
 MAX_NOTE_BYTES: Final = 64 << 10
+_MAX_LABEL_CHARS: Final = 400
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 def note_json(reason: str | None) -> bytes:
@@ -36,16 +39,58 @@ def note_json(reason: str | None) -> bytes:
     return json.dumps({"reason": reason}).encode()
 
 
+@dataclass(frozen=True)
+class Deprecation:
+    """Why an image should not be used any more."""
+
+    reason: str
+    date: str | None = None
+    """``YYYY-MM-DD``: it stays at least until then."""
+    successor: str | None = None
+    """The label of what to use instead."""
+
+    def __str__(self) -> str:
+        """Return the whole of what users are told; old daemons, which know nothing of the fields, show it too."""
+        text = self.reason
+        if self.successor:
+            text += f"; use {self.successor} instead"
+        if self.date:
+            text += f"; it may be removed from {self.date} on"
+        return text[: indexes.MAX_TEXT]
+
+    def encode(self) -> bytes:
+        """Return the content of the attachment."""
+        body = {"reason": self.reason, "date": self.date, "successor": self.successor}
+        return json.dumps({key: value for key, value in body.items() if value}, sort_keys=True).encode()
+
+
+def read_deprecation(remote: Remote, repository: str, digest: str) -> Deprecation | None:
+    """Return what the newest deprecation of an image says; None without one, or where it was taken back."""
+    body = _newest_note(remote, repository, digest, DEPRECATION_TYPE)
+    reason, date, successor = (body.get(key) for key in ("reason", "date", "successor"))
+    if not isinstance(reason, str):
+        return None
+    good = isinstance(date, str) and _DATE.fullmatch(date)
+    return Deprecation(
+        reason[: indexes.MAX_TEXT],
+        date if good else None,
+        successor[:_MAX_LABEL_CHARS] if isinstance(successor, str) and successor.isprintable() else None,
+    )
+
+
 def read_note(remote: Remote, repository: str, digest: str, artifact_type: str) -> str | None:
     """Return the reason in the newest waiver or deprecation of an image; None without one."""
+    reason = _newest_note(remote, repository, digest, artifact_type).get("reason")
+    return reason[: indexes.MAX_TEXT] if isinstance(reason, str) else None
+
+
+def _newest_note(remote: Remote, repository: str, digest: str, artifact_type: str) -> dict[str, Any]:
     for manifest in attachments(remote, repository, digest, artifact_type)[:1]:
         try:
-            body = load_object(remote.small_blob(repository, manifest.layers[0], MAX_NOTE_BYTES), "the note")
+            return load_object(remote.small_blob(repository, manifest.layers[0], MAX_NOTE_BYTES), "the note")
         except (IndexError, ManifestError, RegistryError):
             continue
-        reason = body.get("reason")
-        return reason[: indexes.MAX_TEXT] if isinstance(reason, str) else None
-    return None
+    return {}
 
 
 def describe(remote: Remote, repository: str, digest: str, tags: Iterable[str]) -> Entry:
@@ -55,6 +100,7 @@ def describe(remote: Remote, repository: str, digest: str, tags: Iterable[str]) 
     config = _config(remote, repository, manifest)
     meta = (config.meta if config else None) or attached_meta(remote, repository, digest)
     verdict, remark = verdict_of(remote, repository, digest)
+    deprecation = read_deprecation(remote, repository, digest)
     return Entry(
         repository,
         digest,
@@ -67,7 +113,9 @@ def describe(remote: Remote, repository: str, digest: str, tags: Iterable[str]) 
         views=tuple((view.name, view.description) for view in meta.views) if meta else None,
         verdict=verdict,
         remark=remark,
-        deprecated=read_note(remote, repository, digest, DEPRECATION_TYPE),
+        deprecated=str(deprecation) if deprecation else None,
+        successor=deprecation.successor if deprecation else None,
+        removal=deprecation.date if deprecation else None,
     )
 
 

@@ -16,7 +16,7 @@ from uenvd.cache.pull import pull_blob
 from uenvd.cache.store import Store
 from uenvd.errors import NotFound as NotInRegistry
 from uenvd.errors import ResourceMissing, TestsFailed, UnknownLabel, UsageError
-from uenvd.oci.attach import REFRAME_TYPE, attach, json_content
+from uenvd.oci.attach import REFRAME_TYPE, VERDICT, attach, json_content
 from uenvd.oci.manifest import Manifest, squashfs_layer
 from uenvd.oci.reference import split_repository
 from uenvd.oci.remote import Progress, Remote, never
@@ -24,7 +24,7 @@ from uenvd.publish import mountpoint
 from uenvd.publish.push import Target
 from uenvd.publish.reframe.environments import IMAGE_FILE, TESTS_DIRECTORY, TestEnvironment
 from uenvd.publish.reframe.extras import Extras, read_extras
-from uenvd.publish.reframe.report import TESTED, VERDICT, WAIVED, Verdict, cleaned, join, judge, with_problem
+from uenvd.publish.reframe.report import TESTED, WAIVED, Verdict, cleaned, join, judge, with_problem
 from uenvd.publish.reframe.session import Outcome, failure_info, login_environ, require_reframe, run_session
 from uenvd.publish.reframe.site import Site, SlurmJobs, environment_name, wanted_views
 from uenvd.views import ImageMeta

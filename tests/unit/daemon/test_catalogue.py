@@ -14,7 +14,8 @@ import trio
 
 from uenvd.cache.store import Store
 from uenvd.config import Config, RegistryConfig
-from uenvd.daemon.catalogue import Catalogue, Image
+from uenvd.daemon.catalogue import Catalogue
+from uenvd.daemon.question import Image
 from uenvd.daemon.resolution import listed
 from uenvd.errors import (
     AccessDenied,
@@ -162,6 +163,20 @@ async def test_a_digest_pins(registry: FakeRegistry, store: Store) -> None:
     assert (image.found.digest, image.config and image.config.meta and image.config.meta.name) == (one, "one")
     with pytest.raises(UnknownLabel):
         await resolve(catalogue, "app/1.0@sha256:" + "0" * 64)
+
+
+async def test_a_digest_alone_is_known_where_the_image_was_used(registry: FakeRegistry, store: Store) -> None:
+    """What a session knows of itself is what it has mounted."""
+    one = registry.add(APP, "v1", "one")
+    catalogue = make(registry, store)
+    with pytest.raises(UnknownLabel, match="this node knows no image sha256:"):
+        await resolve(catalogue, f"@{one}")
+    await resolve(catalogue, "app/1.0:v1")
+    registry.add(APP, "v1", "two")
+    image, _notes = await resolve(catalogue, f"@{one}")
+    assert (image.found.digest, str(image.found.label)) == (one, "deploy::app/1.0:v1@demo%zen3")
+    with pytest.raises(AccessDenied):
+        await resolve(make(registry, store, namespaces=("build",)), f"@{one}")
 
 
 async def test_the_registry_down_means_the_last_known_digest_and_one_note(

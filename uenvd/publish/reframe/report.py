@@ -21,8 +21,6 @@ MAX_CASES: Final = 100_000
 
 TESTED: Final = "dev.uenvd.tested.digest"
 """Annotation: digest of the manifest whose image was mounted and tested."""
-VERDICT: Final = "dev.uenvd.tested.verdict"
-"""Annotation: ``pass``, ``fail`` or ``waived``."""
 WAIVED: Final = "dev.uenvd.tested.waived"
 """Annotation: why tests that are missing do not matter, in somebody's words."""
 

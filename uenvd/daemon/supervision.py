@@ -1,0 +1,462 @@
+"""One supervisor, as the daemon sees it: handed its work, listened to, found again after it was killed, started anew if all of it was.
+
+Concurrency: `Supervision.run` is one task in the daemon's nursery, the only reader of the channel; it changes `state` and `report`
+synchronously and wakes who waits in `until`. Everybody may send (`Supervision.release`, `Supervision.abandon`): a datagram, no checkpoint.
+
+When the channel ends there are three cases, and the socket in ``images/`` tells them apart. Somebody accepts: the standby took over, go on
+with it. It is refused and the kernel has ended the connection: the last user is gone. It is refused otherwise: all processes were killed at
+once; users wait in the kernel as long as this daemon (or systemd, for it) holds the FUSE descriptor, and a new supervisor begins with the
+same descriptors and what lies in the slots.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from uenvd import handover
+from uenvd.daemon.workers import Process, WorkerPool
+from uenvd.errors import ProtocolError, StorageError, UenvError, WorkerFailed
+from uenvd.handover import Duty, Message, SupervisorState, WorkerReport
+
+log = logging.getLogger(__name__)
+
+BEGIN_DEADLINE_S: Final = 30.0
+HELLO_DEADLINE_S: Final = 5.0
+_TRY_AGAIN_S: Final = 0.02
+_FIRST_DELAY_S: Final = 0.05
+_MAX_DELAY_S: Final = 5.0
+_BACKLOG: Final = 8
+
+OpenImage = Callable[[], Awaitable[int]]
+"""Returns a descriptor of the image that the callee owns."""
+
+
+class ImageDirectory:
+    """Where the sockets of supervisors are, root's alone: ``NAME.sock``, and ``NAME.json`` with what their successors have to know."""
+
+    def __init__(self, path: Path) -> None:
+        """Make it. Raises `StorageError`."""
+        try:
+            path.mkdir(mode=0o700, exist_ok=True)
+            self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StorageError(f"cannot make {path}: {error.strerror}") from error
+        self._path = path
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._fd)
+
+    def names(self) -> list[str]:
+        """Return the names of all supervisors that have, or had, a socket or a record here."""
+        return sorted({entry.stem for entry in self._path.iterdir() if entry.suffix in (".sock", ".json")})
+
+    def _address(self, name: str) -> str:
+        return (
+            f"/proc/self/fd/{self._fd}/{name}.sock"  # whatever the length of the path: sun_path has 108 bytes
+        )
+
+    def listen(self, name: str) -> socket.socket:
+        """Return a listening socket in place of one that a predecessor left. Raises `OSError`."""
+        with suppress(FileNotFoundError):
+            (self._path / f"{name}.sock").unlink()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            listener.bind(self._address(name))
+            listener.listen(_BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+
+    def connect(self, name: str) -> socket.socket | None:
+        """Return a non-blocking connection, None when nobody is there (any more). Raises `OSError`, `BlockingIOError` among them."""
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        channel.setblocking(False)
+        try:
+            channel.connect(self._address(name))
+        except (ConnectionRefusedError, FileNotFoundError):
+            channel.close()
+            return None
+        except BaseException:
+            channel.close()
+            raise
+        return channel
+
+    def record(self, duty: Duty, state: SupervisorState) -> None:
+        """Note what a successor has to know. Raises `OSError`."""
+        text = json.dumps(
+            {"v": handover.SUPERVISOR_VERSION, "duty": duty.to_wire(), "state": state.to_wire()}
+        )
+        temporary = self._path / f".{duty.name}.tmp"
+        temporary.write_text(text)
+        temporary.replace(self._path / f"{duty.name}.json")
+
+    def recorded(self, name: str) -> tuple[Duty, SupervisorState] | None:
+        """Return what was noted, None when nothing was, or not in this version's words."""
+        try:
+            body = json.loads((self._path / f"{name}.json").read_text())
+            if body["v"] != handover.SUPERVISOR_VERSION:
+                return None
+            return Duty.from_wire(body["duty"]), SupervisorState.from_wire(body["state"])
+        except (OSError, ValueError, KeyError, TypeError, ProtocolError):
+            return None
+
+    def forget(self, name: str) -> None:
+        """Remove what is here of a supervisor."""
+        for suffix in (".sock", ".json"):
+            with suppress(OSError):
+                (self._path / f"{name}{suffix}").unlink()
+
+
+class Supervision:
+    """One supervisor, whichever of its processes is the active one.
+
+    Args:
+        duty: what it serves.
+        directory: where its socket is.
+        pool: where a new one is taken from.
+        fuse_fd: the connection; owned by this object from now on, as is ``slots_fd``.
+        slots_fd: the shared memory for requests.
+        namespace_fd: the mount namespace in which it lives; stays the caller's.
+        spares: makes detached mounts for it; returns none when there is no mount any more.
+        open_image: opens the image anew; None where that is not possible.
+
+    """
+
+    def __init__(
+        self,
+        duty: Duty,
+        *,
+        directory: ImageDirectory,
+        pool: WorkerPool,
+        fuse_fd: int,
+        slots_fd: int,
+        namespace_fd: int,
+        spares: Callable[[], Awaitable[list[int]]],
+        open_image: OpenImage | None = None,
+    ) -> None:
+        self.duty = duty
+        self.fuse_fd = fuse_fd
+        self.slots_fd = slots_fd
+        self.state: SupervisorState | None = None
+        self.report: WorkerReport | None = None
+        self.gone = False
+        """The connection has ended, or was given up."""
+        self.restarts = 0
+        """How often a new supervisor had to be started."""
+        self._directory = directory
+        self._pool = pool
+        self._namespace_fd = namespace_fd
+        self._spares = spares
+        self._open_image = open_image
+        self._channel: trio.socket.SocketType | None = None
+        self._process: Process | None = None
+        self._image_given = False
+        self._slots_lost = False
+        self._abandoned = False
+        self._changed = trio.Event()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the active supervisor."""
+        return self.state.pid if self.state is not None else None
+
+    @property
+    def worker_pids(self) -> tuple[int, ...]:
+        """Process ids of the workers."""
+        return self.state.workers if self.state is not None else ()
+
+    # -- what the owner does
+
+    async def begin(self) -> None:
+        """Start a supervisor and wait until it has answered INIT. Raises `WorkerFailed`, or why it could not begin."""
+        await self._start(())
+        with trio.move_on_after(BEGIN_DEADLINE_S):
+            while self.state is None or self.state.negotiated is None:
+                if not await self._hear():
+                    raise WorkerFailed(f"the supervisor of {self.duty.label} ended before it served")
+                if self.report is not None and self.report.error is not None:
+                    raise self.report.error
+            await trio.to_thread.run_sync(self._directory.record, self.duty, self.state)
+            return
+        raise WorkerFailed(
+            f"the supervisor of {self.duty.label} did not begin within {BEGIN_DEADLINE_S:.0f} s"
+        )
+
+    def take_over(
+        self,
+        channel: trio.socket.SocketType | None,
+        state: SupervisorState,
+        report: WorkerReport | None,
+        *,
+        slots_lost: bool = False,
+    ) -> None:
+        """Go on with a supervisor that an earlier daemon started; without a channel: that is gone, start another."""
+        self._slots_lost = slots_lost
+        self._channel = channel
+        self.state = state
+        self.report = report
+        self._image_given = True
+
+    async def serve(self, image_fd: int | None) -> WorkerReport:
+        """Hand the image over (None: it has it), wait until it is served. Raises the worker's own error, `WorkerFailed`.
+
+        ``image_fd`` stays the caller's.
+        """
+        if image_fd is not None:
+            self._image_given = True
+            with suppress(OSError):  # its end is seen where it is listened to
+                await self._send(Message("image", {}, ("image",)), [image_fd])
+        await self.until(lambda: self.report is not None)
+        assert self.report is not None
+        if self.report.error is not None:
+            raise self.report.error
+        return self.report
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition on this object's state. Raises `WorkerFailed` when the supervisor is gone for good first."""
+        while not condition():
+            if self.gone:
+                raise WorkerFailed(f"the supervisor of {self.duty.label} ended")
+            await self._changed.wait()
+
+    def release(self) -> None:
+        """Nobody new will come: let the connection end with its last user."""
+        self._send_now(Message("release"))
+
+    def abandon(self) -> None:
+        """End the connection: its users get ENOTCONN."""
+        self._abandoned = True
+        self._send_now(Message("abandon"))
+
+    async def give_spares(self) -> None:
+        """Give the supervisor mounts for the daemons to come, in place of those that it has."""
+        spares = await self._spares()
+        try:
+            with suppress(OSError):
+                await self._send(Message("mounts", {}, ("mount",) * len(spares)), spares)
+        finally:
+            _close_all(spares)
+
+    def close(self) -> None:
+        """Close our descriptors; the supervisor goes on."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        for name in ("fuse_fd", "slots_fd"):
+            if (descriptor := getattr(self, name)) >= 0:
+                os.close(descriptor)
+                setattr(self, name, -1)
+
+    # -- the task
+
+    async def run(self) -> None:
+        """Listen until the connection has ended for good. Raises nothing."""
+        delay_s = _FIRST_DELAY_S
+        try:
+            while True:
+                if self._channel is not None:
+                    while await self._hear():
+                        pass
+                if self._abandoned or not await self._reconnect():
+                    if self._abandoned or self._is_over() or not self._can_start_again():
+                        break
+                    log.error("%s: all processes that served it are gone; starting others", self.duty.label)
+                    started_s = trio.current_time()
+                    try:
+                        await self._start_again()
+                    except WorkerFailed as error:
+                        log.warning("%s", error)
+                    delay_s = _FIRST_DELAY_S if trio.current_time() - started_s > _MAX_DELAY_S else delay_s
+                    await trio.sleep(delay_s)
+                    delay_s = min(2 * delay_s, _MAX_DELAY_S)
+        except UenvError as error:
+            log.warning("%s: nobody serves it any more: %s", self.duty.label, error)
+        except Exception:
+            log.exception("%s: nobody serves it any more", self.duty.label)  # and the others go on
+        finally:
+            # Also when this daemon ends: then the socket stays, for the next one.
+            self.gone = True
+            self._wake()
+            self.close()
+        self._directory.forget(self.duty.name)
+
+    def _is_over(self) -> bool:
+        """Tell whether the kernel has ended the connection."""
+        poll = select.poll()
+        poll.register(self.fuse_fd, 0)
+        return any(events & select.POLLERR for _fd, events in poll.poll(0))
+
+    def _can_start_again(self) -> bool:
+        if self.state is None or self.state.negotiated is None:
+            return False
+        if self.report is not None and self.report.error is not None:
+            return False
+        return not self._image_given or self._open_image is not None
+
+    async def _reconnect(self) -> bool:
+        """Find the process that took over; False when all of them are gone."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._process is not None:
+            await self._process.reap()
+            self._process = None
+        while True:
+            try:
+                channel = self._directory.connect(self.duty.name)
+            except OSError:  # the backlog is full for a moment
+                await trio.sleep(_TRY_AGAIN_S)
+                continue
+            if channel is None:
+                return False
+            self._channel = trio.socket.from_stdlib_socket(channel)
+            with suppress(OSError):
+                await self._send(Message("hello"))
+                # Processes that are about to die hold the socket, too: then this ends without an answer, and is tried again.
+                if await self._hear():
+                    await self._repeat()
+                    return True
+            self._channel.close()
+            self._channel = None
+            await trio.sleep(_TRY_AGAIN_S)
+
+    async def _repeat(self) -> None:
+        """Say again what a successor may not have heard."""
+        if self._image_given and self.state is not None and self.state.phase == "attending":
+            if self._open_image is None:
+                return
+            image_fd = await self._open_image()
+            try:
+                await self._send(Message("image", {}, ("image",)), [image_fd])
+            finally:
+                os.close(image_fd)
+
+    async def _start_again(self) -> None:
+        image: tuple[int, ...] = ()
+        if self._image_given and self._open_image is not None:
+            image = (await self._open_image(),)
+        try:
+            self.restarts += 1
+            await self._start(image)
+        finally:
+            _close_all(image)
+
+    async def _start(self, image: Sequence[int]) -> None:
+        process = await self._pool.take()
+        spares: list[int] = []
+        try:
+            spares = await self._spares()
+            with self._directory.listen(self.duty.name) as listener:
+                named = [
+                    ("fuse", self.fuse_fd),
+                    ("slots", self.slots_fd),
+                    ("adopt", listener.fileno()),
+                    ("mntns", self._namespace_fd),
+                    *(("mount", spare) for spare in spares),
+                    *(("image", one) for one in image),
+                ]
+                negotiated = self.state.negotiated if self.state is not None else None
+                self._channel = trio.socket.from_stdlib_socket(process.channel)
+                await self._send(
+                    Message(
+                        "begin",
+                        {
+                            "duty": self.duty.to_wire(),
+                            "negotiated": negotiated,
+                            "slots_lost": self._slots_lost,
+                        },
+                        tuple(name for name, _descriptor in named),
+                    ),
+                    [descriptor for _name, descriptor in named],
+                )
+        except OSError as error:
+            process.discard()
+            raise WorkerFailed(f"no supervisor can be started for {self.duty.label}: {error}") from error
+        finally:
+            _close_all(spares)
+        self._process = process
+        self._slots_lost = False
+
+    # -- datagrams
+
+    async def _hear(self) -> bool:
+        """Take one message; False at the channel's end (whatever ends it)."""
+        assert self._channel is not None
+        try:
+            message, descriptors = await receive(self._channel)
+        except (OSError, EOFError, trio.ClosedResourceError):
+            return False
+        except ProtocolError as error:
+            log.warning("%s: %s", self.duty.label, error)
+            return False
+        _close_all(descriptors)  # none was asked for
+        try:
+            if message.op == "state":
+                self.state = SupervisorState.from_wire(message.fields.get("state", {}))
+            elif message.op == "report":
+                self.report = parse_report(message)
+        except ProtocolError as error:
+            log.warning("%s: %s", self.duty.label, error)
+            return False
+        self._wake()
+        return True
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+        if self._channel is None:
+            raise BrokenPipeError
+        await send(self._channel, message, descriptors)
+
+    def _send_now(self, message: Message) -> None:
+        if self._channel is not None and self._channel.fileno() >= 0:
+            with suppress(OSError):
+                os.write(self._channel.fileno(), message.encode())
+
+
+async def send(channel: trio.socket.SocketType, message: Message, descriptors: Sequence[int] = ()) -> None:
+    """Send a message. Raises `OSError`."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, handover.pack_descriptors(descriptors))]
+    await channel.sendmsg([message.encode()], rights if descriptors else [])
+
+
+async def receive(channel: trio.socket.SocketType) -> tuple[Message, list[int]]:
+    """Receive a message and its descriptors, which the caller owns. Raises `EOFError` at the end, `OSError`, `ProtocolError`."""
+    data, ancillary, _flags, _address = await channel.recvmsg(
+        handover.MAX_MESSAGE_BYTES, handover.DESCRIPTORS_SPACE_BYTES, socket.MSG_CMSG_CLOEXEC
+    )
+    descriptors = handover.take_descriptors(ancillary)
+    if not data:
+        raise EOFError
+    try:
+        message = Message.decode(data)
+        if len(message.descriptors) != len(descriptors):
+            raise ProtocolError("descriptors are missing from a supervisor's message")
+    except ProtocolError:
+        _close_all(descriptors)
+        raise
+    return message, descriptors
+
+
+def parse_report(message: Message) -> WorkerReport:
+    """Return the report in a message. Raises `ProtocolError`."""
+    return WorkerReport.decode(json.dumps(message.fields.get("report")))
+
+
+def _close_all(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
