@@ -17,7 +17,17 @@ import pytest
 from support.daemon import running_daemon
 from support.fusetools import until
 from support.publishing import Publisher
-from support.reframetests import CRASHES, FAILS, HANGS, HOST, SAYS, UNLOADABLE, WITH_HOST, image_with_tests
+from support.reframetests import (
+    CRASHES,
+    FAILS,
+    HANGS,
+    HOST,
+    MEASURES,
+    SAYS,
+    UNLOADABLE,
+    WITH_HOST,
+    image_with_tests,
+)
 from support.users import TestUser, ordinary_user
 from uenvd.oci.attach import REFRAME_TYPE, VERDICT, attachments
 from uenvd.oci.manifest import Manifest
@@ -127,14 +137,14 @@ def test_a_passing_image_is_attested_by_digest(pipeline: Pipeline) -> None:
     done = pipeline.test("--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["digest"], result["passing"], result["passed"]) == (digest, True, 2)
+    assert (result["digest"], result["passing"], result["passed"], result["built_in"]) == (digest, True, 3, 1)
     manifest, report = pipeline.report(digest)
     assert manifest.digest == result["report"]
     assert manifest.subject is not None
     assert manifest.subject.digest == digest
     assert manifest.annotations[TESTED] == digest
     assert manifest.annotations[VERDICT] == "pass"
-    assert sorted(case.environment for case in judge(report).cases) == ["app_default", "host"]
+    assert sorted(case.environment for case in judge(report).cases) == ["app_default", "app_default", "host"]
     # With the image and, as reframe.yaml says, without.
     assert "with the image in a mount of the user's own" in done.stderr
     assert "without any uenv" in done.stderr
@@ -148,7 +158,7 @@ def test_a_failing_image_is_reported_as_such(pipeline: Pipeline) -> None:
     digest = pipeline.push(says=SAYS, fails=FAILS)
     done = pipeline.test()
     assert done.returncode == FAILED
-    assert "1 of 2 tests failed" in done.stderr
+    assert "1 of 3 tests failed" in done.stderr
     assert "pattern 'something else' not found" in done.stderr
     manifest, report = pipeline.report(digest)
     assert done.stdout.strip() == manifest.digest
@@ -163,16 +173,25 @@ def test_no_selected_test_is_a_failure_unless_waived(pipeline: Pipeline) -> None
     digest = pipeline.push(environments="default: {features: [mute]}\n", says=SAYS)
     done = pipeline.test()
     assert done.returncode == FAILED
-    assert "no test was run" in done.stderr
-    assert "--waive-tests REASON" in done.stderr
+    assert "no test was selected for 'default'" in done.stderr
     manifest, report = pipeline.report(digest)
     assert manifest.annotations[VERDICT] == "fail"
-    assert judge(report).empty
+    assert (
+        judge(report).of_environment("app_default") == 0
+    )  # the built-in test that was run there is no test of it
     done = pipeline.test("--waive-tests", "holds data only")
     assert done.returncode == 0, done.stderr
     manifest, report = pipeline.report(digest)
-    assert (manifest.annotations[VERDICT], manifest.annotations[WAIVED]) == ("waived", "holds data only")
-    assert not judge(report).passing  # the report itself still says that nothing was tested
+    assert (manifest.annotations[VERDICT], manifest.annotations[WAIVED]) == ("pass", "holds data only")
+    assert (judge(report).own, judge(report).passed) == (0, 1)
+
+
+def test_tests_without_an_environment_are_a_failure(pipeline: Pipeline) -> None:
+    digest = pipeline.push(environments=None, says=SAYS)
+    done = pipeline.test()
+    assert done.returncode == FAILED
+    assert "there are tests, and no environment to run them in" in done.stderr
+    assert not judge(pipeline.report(digest)[1]).passing
 
 
 def test_an_environment_without_tests_is_a_failure(pipeline: Pipeline) -> None:
@@ -190,7 +209,7 @@ def test_a_test_file_that_cannot_be_loaded_is_a_failure(pipeline: Pipeline) -> N
     assert "broken.py" in done.stderr
     assert "no_such_module" in done.stderr
     verdict = judge(pipeline.report(digest)[1])
-    assert (verdict.passed, verdict.failed) == (1, 1)
+    assert (verdict.passed, verdict.failed) == (2, 1)
 
 
 def test_a_crash_of_reframe_is_a_failure_with_its_log(pipeline: Pipeline) -> None:
@@ -206,11 +225,11 @@ def test_a_session_that_hangs_is_ended_with_all_its_processes(pipeline: Pipeline
     flag = pipeline.user.home / "hangs"
     digest = pipeline.push(says=SAYS, hangs=HANGS.replace("{flag}", str(flag)))
     began_s = time.monotonic()
-    done = pipeline.test("--timeout", "4s")
-    assert time.monotonic() - began_s < 25
+    done = pipeline.test("--timeout", "10s")
+    assert time.monotonic() - began_s < 40
     assert flag.exists()
     assert done.returncode == FAILED
-    assert "did not end within 4 s" in done.stderr
+    assert "did not end within 10 s" in done.stderr
     assert not judge(pipeline.report(digest)[1]).passing
 
 
@@ -218,7 +237,7 @@ def test_a_single_test_that_hangs_fails_at_its_limit(pipeline: Pipeline) -> None
     pipeline.push(says=SAYS, hangs=HANGS.replace("{flag}", str(pipeline.user.home / "hangs2")))
     done = pipeline.test("--test-timeout", "2s")
     assert done.returncode == FAILED
-    assert "1 of 2 tests failed" in done.stderr
+    assert "1 of 3 tests failed" in done.stderr
 
 
 def test_an_interrupted_test_leaves_no_process_and_no_report(pipeline: Pipeline) -> None:
@@ -251,7 +270,7 @@ def test_tests_do_not_see_secrets_nor_the_tools_python(pipeline: Pipeline) -> No
         PATH=f"{Path(sys.executable).parent}:/usr/bin:/bin",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "2 of 2 tests passed" in done.stderr
+    assert "3 of 3 tests passed (1 built in)" in done.stderr
 
 
 def test_an_image_is_found_by_its_digest_alone(pipeline: Pipeline) -> None:
@@ -260,7 +279,9 @@ def test_an_image_is_found_by_its_digest_alone(pipeline: Pipeline) -> None:
     assert (done.returncode, "no system was named" in done.stderr) == (66, True)
     done = pipeline.test("--system", "demo", "--waive-tests", "x", image=digest)
     assert done.returncode == 0, done.stderr
-    assert pipeline.report(digest)[0].annotations[VERDICT] == "waived"
+    assert (
+        pipeline.report(digest)[0].annotations[VERDICT] == "pass"
+    )  # by the built-in test: there was nothing to waive
     done = pipeline.test("--system", "demo", "--waive-tests", " ", image=digest)
     assert (done.returncode, "--waive-tests needs a reason" in done.stderr) == (66, True)
     done = pipeline.test("--system", "demo", image="sha256:" + 64 * "0")
@@ -284,7 +305,7 @@ def test_the_images_default_view_does_not_reach_reframe(pipeline: Pipeline) -> N
     )
     done = pipeline.test()
     assert done.returncode == 0, done.stderr
-    assert "1 of 1 tests passed" in done.stderr
+    assert "3 of 3 tests passed (2 built in)" in done.stderr
 
 
 def test_a_recipe_replaces_the_images_tests_and_views_are_checked_first(
@@ -320,3 +341,63 @@ def test_through_a_running_uenvd(pipeline: Pipeline) -> None:
     done = pipeline.test("--through", "uenvd")
     assert done.returncode == 95
     assert "uenvd cannot mount this image" in done.stderr
+
+
+def test_one_test_with_and_without_uenv_on_two_systems(pipeline: Pipeline) -> None:
+    """References are those of the system in the label; figures are compared with what is released there."""
+    user = pipeline.user
+
+    def publish(*words: str) -> None:
+        command = [PUBLISH, *words]
+        how: dict[str, Any] = {"user": user.uid, "group": user.gid, "extra_groups": [], "cwd": user.home}
+        subprocess.run(command, check=True, capture_output=True, env=pipeline.environ, **how)
+
+    pipeline.push(environments=WITH_HOST, measures=MEASURES.replace("{rate}", "100"))
+    label = f"app/1:{pipeline.images}"
+    done = pipeline.test("--json", image=f"{label}@demo%zen3")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["performance"] is None
+    publish("copy", f"build::{label}@demo%zen3", f"build::{label}@other%zen3")
+    done = pipeline.test("--json", image=f"{label}@other%zen3")
+    assert done.returncode == 0, done.stderr
+    cases = [case for case in json.loads(done.stdout)["cases"] if case["name"] == "Measures"]
+    assert sorted(case["environment"] for case in cases) == ["app_default", "host"]
+    publish("deploy", f"{label}@demo%zen3", "--tag", "v1")
+    pipeline.push(environments=WITH_HOST, measures=MEASURES.replace("{rate}", "40"))
+    done = pipeline.test("--json")
+    assert done.returncode == 0, done.stderr
+    assert "2 figures compared with app/1:latest: 2 worse" in done.stderr
+    figure = json.loads(done.stdout)["performance"]["figures"][0]
+    assert (figure["system"], figure["variable"], figure["before"], figure["after"]) == (
+        "demo:local",
+        "rate",
+        100.0,
+        40.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"bin/py": "#!/opt/builder/python3\n"}, "bin/py: there is no /opt/builder/python3"),
+        (
+            {"meta/extra/smoke.yaml": "commands: {default: [say, 'say | grep -q bye']}\n"},
+            "grep -q bye: status 1",
+        ),
+    ],
+)
+def test_an_image_without_tests_is_tested_all_the_same(
+    pipeline: Pipeline, files: dict[str, str], said: str
+) -> None:
+    digest = pipeline.push(environments=None, files=files)
+    done = pipeline.test()
+    assert done.returncode == FAILED
+    assert said in done.stderr
+    verdict = judge(pipeline.report(digest)[1])
+    assert [(case.name, case.result) for case in verdict.cases] == [("UenvSmoke %view=default", "fail")]
+
+
+def test_smoke_tests_of_a_view_that_is_not_there(pipeline: Pipeline) -> None:
+    pipeline.push(environments=None, files={"meta/extra/smoke.yaml": "commands: {other: [say]}\n"})
+    done = pipeline.test()
+    assert (done.returncode, "name the view 'other', which the image has not" in done.stderr) == (86, True)

@@ -17,7 +17,7 @@ _LINE_EVERY_S: Final = 10.0
 def say(text: str) -> None:
     """Write a line to stderr, without characters that could drive the terminal."""
     try:
-        print(_clean(text), file=sys.stderr, flush=True)
+        print(clean(text), file=sys.stderr, flush=True)
     except (OSError, ValueError):
         return
 
@@ -47,7 +47,7 @@ def reporter(doing: str) -> Progress:
 
 def show(text: str) -> None:
     """Write data to stdout."""
-    sys.stdout.write(_clean(text) + "\n")
+    sys.stdout.write(clean(text) + "\n")
 
 
 def show_json(value: object) -> None:
@@ -63,5 +63,6 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         show("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
+    """Return a text without characters that could drive a terminal."""
     return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)

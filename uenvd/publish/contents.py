@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from uenvd.errors import FormatError, UsageError
+from uenvd.oci.blocks import BlockList, block_list
 from uenvd.oci.chunks import ChunkList, chunk_list
 from uenvd.squashfs import Image, Inode, Kind, ReadAt
 from uenvd.views import MAX_FILE_BYTES, ImageMeta, read_image_meta
@@ -52,6 +53,12 @@ def read_contents(path: Path) -> Contents:
         return Contents(
             read_image_meta(read_file), _architecture(image, read), created.strftime("%Y-%m-%dT%H:%M:%SZ")
         )
+
+
+def read_blocks(path: Path) -> BlockList:
+    """Make the block list of a squashfs file, which reads all of it. Raises as `read_contents`."""
+    with _opened(path) as (image, read, size_bytes):
+        return block_list(image, read, size_bytes)
 
 
 def read_chunks(path: Path) -> ChunkList:

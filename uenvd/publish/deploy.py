@@ -15,8 +15,10 @@ from uenvd.oci.index import LATEST
 from uenvd.oci.manifest import squashfs_layer
 from uenvd.oci.reference import is_digest, split_repository
 from uenvd.oci.remote import Progress, Remote, no_progress
+from uenvd.publish.comparison import performance_of
 from uenvd.publish.console import reporter, say, show, show_json
 from uenvd.publish.gate import check_tested
+from uenvd.publish.history import note_release
 from uenvd.publish.options import (
     BUILD,
     DEPLOY,
@@ -57,8 +59,11 @@ def deploy_image(
     move_latest: bool = True,
     progress: Progress = no_progress,
     say: Callable[[str], None] = say,
+    action: str = "deploy",
 ) -> Deployed:
     """Release the image at ``source``: gate, copy with all attachments, immutable tag, ``latest``, index; in this order.
+
+    ``action`` is noted (`uenvd.publish.history`), with what ``latest`` was before.
 
     May be repeated after a failure: what was done is not done again. Raises `DeployRefused` for an image that may not pass or a tag that is
     another image's, `UnknownLabel`, and the remote's errors.
@@ -100,8 +105,10 @@ def deploy_image(
         check_kept(remote, target, tag, digest)
     except UsageError as error:
         raise DeployRefused(error.message, hint=error.hint) from error
+    compared = performance_of(remote, source.repository, digest, namespace=namespace)
     before = _resolve(remote, target, LATEST)
     if move_latest and before != digest:
+        note_release(remote, target, digest, action=action, tag=tag, previous=before)
         remote.push_manifest(target, LATEST, manifest.raw, manifest.media_type)
     refresh_repository(remote, target, say, fresh=[digest])
     return Deployed(
@@ -112,7 +119,7 @@ def deploy_image(
         gate.remark,
         len(copied.attachments),
         before if move_latest and before != digest else None,
-        gate.notes,
+        (*gate.notes, *(compared.lines() if compared is not None and action == "deploy" else ())),
     )
 
 
@@ -182,12 +189,25 @@ def run(arguments: argparse.Namespace) -> int:
         f"deployed {done.repository}:{done.tag} with {done.attachments} attachments ({time.monotonic() - started:.1f} s)"
     )
     if done.replaced is not None:
-        say(f"latest was {done.replaced}; back to it: uenvd-publish tag …@{done.replaced} latest")
+        say(f"latest was {done.replaced}; back to it: uenvd-publish rollback")
     if arguments.json:
         show_json({key: value for key, value in vars(done).items() if key != "notes"})
     else:
         show(done.digest)
     return 0
+
+
+def source_of(arguments: argparse.Namespace, remote: Remote) -> tuple[Target, str]:
+    """Return where the image is that the options name, and its digest. Raises `UsageError`, `UnknownLabel` and the remote's errors."""
+    target = _source(arguments, remote)
+    if is_digest(target.reference):
+        return target, target.reference
+    try:
+        return target, remote.resolve(target.repository, target.reference)
+    except NotFound as error:
+        raise UnknownLabel(
+            f"there is no such image: {error.message}", hint="check the label and the registry"
+        ) from error
 
 
 def _source(arguments: argparse.Namespace, remote: Remote) -> Target:

@@ -51,6 +51,16 @@ def check_tested(remote: Remote, repository: str, digest: str, waiver: str | Non
     return gates[0]
 
 
+def newest_report(remote: Remote, repository: str, digest: str) -> bytes | None:
+    """Return the newest report of this very digest; None without one, or where it is JUnit XML. Raises `DeployRefused` for what is no report."""
+    for report in attachments(remote, repository, digest, REFRAME_TYPE):
+        if report.annotations.get(TESTED) not in {None, digest}:
+            continue
+        raw, is_xml = _content(remote, repository, report, f"the report {report.digest[:19]}")
+        return None if is_xml else raw
+    return None
+
+
 def _one(remote: Remote, repository: str, digest: str, report: Manifest, waiver: str | None) -> Gate:
     name = f"the report {report.digest[:19]}"
     tested = report.annotations.get(TESTED)

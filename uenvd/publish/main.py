@@ -82,6 +82,11 @@ COMMANDS: Final[dict[str, Command]] = {
         "attach files or a directory to an image",
         "uenvd-publish attach build::app/1.0:4711@daint%gh200 ./meta --type uenv/meta",
     ),
+    "trace": Command(
+        "uenvd.publish.trace",
+        "record what a program reads of an image, and attach it, so that later jobs on empty caches start sooner",
+        "uenvd-publish trace app/1.0:v1@daint%gh200 -- python -c 'import numpy'",
+    ),
     "discover": Command(
         "uenvd.publish.discover",
         "list what is attached to an image",
@@ -99,13 +104,43 @@ COMMANDS: Final[dict[str, Command]] = {
     ),
     "run": Command(
         "uenvd.publish.run",
-        "build a recipe, push, test and, if asked, deploy the image",
+        "build, push, test and, if asked, deploy: a recipe, or a plan here, on Slurm, through FirecREST",
         "uenvd-publish run recipes/app/1.0 --system daint --uarch gh200 --deploy v1",
     ),
     "deploy": Command(
         "uenvd.publish.deploy",
         "release an image whose tests have passed",
         "uenvd-publish deploy app/1.0:4711@daint%gh200 --tag v1",
+    ),
+    "promote": Command(
+        "uenvd.publish.promote",
+        "release an image if the site's policy allows it",
+        "uenvd-publish promote app/1.0:4711@daint%gh200 --policy policy.yaml --tag v1 --dry-run",
+    ),
+    "rollback": Command(
+        "uenvd.publish.rollback",
+        "let latest go back to the release before",
+        "uenvd-publish rollback app/1.0@daint%gh200",
+    ),
+    "evidence": Command(
+        "uenvd.publish.evidence_command",
+        "attach bill of materials, provenance and build log to an image",
+        "uenvd-publish evidence build::app/1.0:4711@daint%gh200 --image store.squashfs --log build.log",
+    ),
+    "sign": Command(
+        "uenvd.publish.sign",
+        "sign an image",
+        "uenvd-publish sign app/1.0:v1@daint%gh200 --key release.key",
+    ),
+    "verify": Command(
+        "uenvd.publish.sign",
+        "check the signature of an image",
+        "uenvd-publish verify app/1.0:v1@daint%gh200 --keys /etc/uenvd/keys",
+    ),
+    "keygen": Command(
+        "uenvd.publish.sign",
+        "make a pair of keys for signatures",
+        "uenvd-publish keygen release.key",
     ),
     "deprecate": Command(
         "uenvd.publish.deprecate",
@@ -121,6 +156,26 @@ COMMANDS: Final[dict[str, Command]] = {
         "uenvd.publish.show",
         "show what is known of one image",
         "uenvd-publish show app/1.0:v1@daint%gh200",
+    ),
+    "catalogue": Command(
+        "uenvd.publish.catalogue.command",
+        "write a web site of all environments, from the registry alone",
+        "uenvd-publish catalogue public/",
+    ),
+    "retire": Command(
+        "uenvd.publish.retire",
+        "take old images away by rules, never one that is in use; shows what it would do unless told to do it",
+        "uenvd-publish retire 'app/*' --keep 3 --older-than 180 --locked ~/projects",
+    ),
+    "drift": Command(
+        "uenvd.publish.drift",
+        "compare what a site's configuration wants deployed with what is in the registry",
+        "uenvd-publish drift --config config.yaml",
+    ),
+    "storage": Command(
+        "uenvd.publish.storage",
+        "show what each environment takes in the registry; shared blobs are counted once",
+        "uenvd-publish storage --system daint",
     ),
     "reindex": Command(
         "uenvd.publish.reindex",

@@ -6,6 +6,7 @@ import argparse
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from uenvd.errors import StorageError, UsageError
 from uenvd.publish.console import say, show, show_json, show_table
@@ -29,8 +30,14 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recipes", type=Path, metavar="DIR", help="the recipes; default: recipes beside the configuration"
     )
-    group.add_argument("--changed", metavar="BASE", help="only what differs from where HEAD left BASE, a branch or commit of git")
-    group.add_argument("--deployed", action="store_true", help="only what the configuration lists under deploy")
+    group.add_argument(
+        "--changed",
+        metavar="BASE",
+        help="only what differs from where HEAD left BASE, a branch or commit of git",
+    )
+    group.add_argument(
+        "--deployed", action="store_true", help="only what the configuration lists under deploy"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,14 +52,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="SYSTEM", help="only this cluster")
     parser.add_argument("--uarch", metavar="UARCH", help="only this microarchitecture")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.add_argument("--site", default=DEFAULT_SITE, metavar="NAME", help=f"first part of status contexts; default: {DEFAULT_SITE}")
+    parser.add_argument(
+        "--site",
+        default=DEFAULT_SITE,
+        metavar="NAME",
+        help=f"first part of status contexts; default: {DEFAULT_SITE}",
+    )
     group = parser.add_argument_group("for a CI system")
     group.add_argument(
-        "--write", nargs=2, metavar=("SYSTEM", "FILE"), help="write it as a pipeline of gitlab or github; FILE - is stdout"
+        "--write",
+        nargs=2,
+        metavar=("SYSTEM", "FILE"),
+        help="write it as a pipeline of gitlab or github; FILE - is stdout",
     )
     group.add_argument("--deploy", metavar="TAG", help="with jobs that release under this tag")
-    group.add_argument("--executor", choices=EXECUTORS, help="where jobs run their stage; default: as the configuration says")
-    group.add_argument("--before", action="append", default=[], metavar="COMMAND", help="a shell command at the beginning of each job")
+    group.add_argument(
+        "--executor", choices=EXECUTORS, help="where jobs run their stage; default: as the configuration says"
+    )
+    group.add_argument(
+        "--before",
+        action="append",
+        default=[],
+        metavar="COMMAND",
+        help="a shell command at the beginning of each job",
+    )
     group.add_argument("--image", metavar="IMAGE", help="the container image of the jobs")
     group.add_argument(
         "--runner", action="append", default=[], metavar="TAG", help="tag or label of the runners, where the configuration has none"
@@ -94,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
         _write(arguments, plan)
         return 0
     if arguments.json:
-        document = {
+        document: dict[str, Any] = {
             "config": os.path.relpath(plan.config),
             "cells": [cell_as_json(cell, arguments.site) for cell in plan.cells],
             "problems": [problem_as_json(problem) for problem in plan.problems],
@@ -156,9 +179,9 @@ def _write(arguments: argparse.Namespace, plan: Plan) -> None:
             try:
                 file.write(text)
                 os.fchmod(file.fileno(), 0o644)
-                os.replace(file.name, path)
+                Path(file.name).replace(path)
             except BaseException:
-                os.unlink(file.name)
+                Path(file.name).unlink()
                 raise
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error}") from error

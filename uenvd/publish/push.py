@@ -11,6 +11,8 @@ from typing import Final
 from uenvd.config import ARCHITECTURES
 from uenvd.errors import FormatError, NotFound, UsageError, WrongArchitecture
 from uenvd.label import Label, parse_namespaced_label
+from uenvd.oci.attach import Content, attach
+from uenvd.oci.blocks import BLOCKS_TYPE, LEAST_BYTES
 from uenvd.oci.manifest import (
     CONFIG_TYPE,
     LAYER_TITLE,
@@ -26,9 +28,11 @@ from uenvd.oci.manifest import (
 )
 from uenvd.oci.reference import is_fallback_tag, is_tag, repository_of
 from uenvd.oci.remote import Progress, Remote
-from uenvd.publish.contents import read_chunks, read_contents
+from uenvd.publish.contents import read_blocks, read_chunks, read_contents
 from uenvd.publish.options import BUILD, DEPLOY
 
+FIXED_DATE: Final = "1970-01-01T00:00:00Z"
+"""Of what follows from an image alone: pushed again it is the same."""
 DEFAULT_NAMESPACE: Final = DEPLOY
 MOVING_TAGS: Final = frozenset({"latest"})
 """Tags that are meant to move; any other keeps the image that it was first given, unless forced."""
@@ -200,6 +204,9 @@ def push_image(
     for tag in tags:
         remote.push_manifest(target.repository, tag, image.raw)
         check_kept(remote, target.repository, tag, image.digest)
+    if image.layer.size_bytes >= LEAST_BYTES:
+        blocks = [Content("blocks", read_blocks(path).encode())]
+        attach(remote, target.repository, image.digest, BLOCKS_TYPE, blocks, created=FIXED_DATE)
     return Pushed(image.digest, image.notes)
 
 

@@ -1,4 +1,8 @@
-"""``uenvd-publish run``: a recipe becomes a tested and, if asked, released image, in one command and by an ordinary user."""
+"""``uenvd-publish run``: a recipe, or each cell of a site's plan, becomes a tested and, if asked, released image, in one command.
+
+With a recipe's directory all happens in this process, and nothing but the recipe is needed. Otherwise the plan of a configuration runs
+(`uenvd.publish.pipeline`), or one stage of one of its cells.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +32,32 @@ from uenvd.publish.options import (
     need_uarch,
     open_registry,
 )
+from uenvd.publish.pipeline.command import run_plan, run_stage
+from uenvd.publish.pipeline.executors.local import DEFAULT_MEMORY_BYTES
+from uenvd.publish.plan import DEFAULT_SITE, STAGES, load_plan
+from uenvd.publish.plan.jobs import EXECUTORS
+from uenvd.publish.plan_command import add_plan_options, select
+from uenvd.publish.provenance import attach_evidence
 from uenvd.publish.push import MOVING_TAGS, Target, check_tag, push_image
 from uenvd.publish.recipe import Recipe, load_recipe
-from uenvd.publish.test import add_test_options, clean, make_workdir, summary, tell, wishes_of
+from uenvd.publish.status import add_forge_options
+from uenvd.publish.test import add_test_options, clean, duration, make_workdir, summary, tell, wishes_of
 from uenvd.publish.testing import Tested, examine, require_pass
 
 META_TITLE: Final = "meta"
+RECIPE_FILES: Final = ("config.yaml", "environments.yaml")
 _SHORT_DIGITS: Final = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe's directory, NAME/VERSION")
+    parser.add_argument(
+        "patterns",
+        metavar="RECIPE|PATTERN",
+        nargs="*",
+        help="a recipe's directory, NAME/VERSION; or cells of the plan: name, name/version, name/version@system%%uarch in parts, ids; "
+        "default: the whole plan",
+    )
     parser.add_argument(
         "--pipeline",
         metavar="ID",
@@ -54,10 +72,90 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the image here, and do not build again what is here already; default: nothing is kept",
     )
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where downloads are kept")
-    parser.add_argument("--json", action="store_true", help="say what was done as JSON")
+    parser.add_argument(
+        "--json", action="store_true", help="say what was done as JSON; of a plan: a line for each event"
+    )
+    add_plan_options(parser)
+    _add_pipeline_options(parser)
     add_test_options(parser)
     add_site_options(parser)
     add_registry_options(parser)
+    add_forge_options(parser)
+
+
+def _add_pipeline_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("running a plan")
+    group.add_argument(
+        "--executor",
+        choices=EXECUTORS,
+        default="local",
+        help="where the stages run; default: on this machine",
+    )
+    group.add_argument("--cell", metavar="ID", help="only this cell, name/version-system/uarch")
+    group.add_argument("--stage", choices=STAGES, help="only this stage")
+    group.add_argument(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="logs and state, and images until they are pushed; with Slurm a directory that all nodes see; default: .uenv-run, "
+        "for one stage a temporary one",
+    )
+    group.add_argument("--retest", action="store_true", help="test also what has passed its tests")
+    group.add_argument("--junit", type=Path, metavar="FILE", help="write a report in JUnit's form")
+    group.add_argument(
+        "--dotenv", type=Path, metavar="FILE", help="write UENV_DIGEST and UENV_LABEL of a cell"
+    )
+    group.add_argument(
+        "--jobs", type=_number, metavar="N", help="stages at a time here; default: by cores and memory"
+    )
+    group.add_argument(
+        "--memory-per-job",
+        type=_size,
+        default=DEFAULT_MEMORY_BYTES,
+        metavar="SIZE",
+        help="what a stage here is thought to need, such as 8G: images are built in memory; default 2G",
+    )
+    group.add_argument(
+        "--sbatch-option",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="of each job, such as --sbatch-option=--account=x; may be repeated",
+    )
+    group.add_argument(
+        "--poll",
+        type=duration,
+        metavar="TIME",
+        help="how often the batch system is asked; default 5s, FirecREST 10s",
+    )
+    group.add_argument(
+        "--remote-dir",
+        metavar="DIR",
+        help="with FirecREST: a directory there that the nodes see, for jobs and logs",
+    )
+    group.add_argument(
+        "--remote-command",
+        default="uenvd-publish",
+        metavar="COMMAND",
+        help="what uenvd-publish is called there",
+    )
+    group.add_argument(
+        "--remote-system", metavar="NAME", help="what FirecREST calls the cluster; default: as the plan does"
+    )
+    group.add_argument("--site", default=DEFAULT_SITE, metavar="NAME", help="first part of status contexts")
+
+
+def _number(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) <= 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 1024")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    unit = {"M": 20, "G": 30, "T": 40}.get(text[-1:].upper())
+    if unit is None or not text[:-1].isdigit() or int(text[:-1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size (for example 500M, 8G)")
+    return int(text[:-1]) << unit
 
 
 @dataclass
@@ -80,8 +178,30 @@ class Steps:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do it all; the digest of the image goes to stdout."""
-    recipe = load_recipe(arguments.recipe)
+    """Run a recipe or a plan; digests go to stdout."""
+    recipe = _recipe(arguments)
+    if recipe is not None:
+        return _run_recipe(arguments, recipe)
+    plan = load_plan(arguments.config, recipes=arguments.recipes)
+    if arguments.cell is None:
+        return run_plan(select(arguments, plan)[0], arguments)
+    if arguments.patterns:
+        raise UsageError("--cell names one cell, and further patterns say others", hint="say one of the two")
+    if arguments.stage is not None and arguments.executor == "local":
+        return run_stage(plan, arguments)
+    return run_plan(plan.narrowed([plan.cell(arguments.cell)]), arguments)
+
+
+def _recipe(arguments: argparse.Namespace) -> Path | None:
+    """Return the directory of a recipe, if that is what the arguments name."""
+    if len(arguments.patterns) != 1 or arguments.cell is not None:
+        return None
+    path = Path(arguments.patterns[0])
+    return path if path.is_dir() and any((path / name).exists() for name in RECIPE_FILES) else None
+
+
+def _run_recipe(arguments: argparse.Namespace, directory: Path) -> int:
+    recipe = load_recipe(directory)
     system, uarch = need_system(arguments), need_uarch(arguments)
     repository = repository_of(BUILD, system, uarch, recipe.name, recipe.version)
     pipeline = arguments.pipeline or os.environ.get("CI_PIPELINE_ID")
@@ -111,6 +231,9 @@ def run(arguments: argparse.Namespace) -> int:
             digest = _push(remote, built, Target(repository, tag))
         with steps.step("attach", f"Attach what is known of the build to {digest}"):
             attach(remote, repository, digest, META_TYPE, [directory_content(built.meta_dir, META_TITLE)])
+            attach_evidence(
+                remote, repository, digest, image=built.image, meta_dir=built.meta_dir, log=built.log
+            )
         with steps.step("test", "Pull it back by this digest and test it"):
             tested = _test(arguments, remote, Target(repository, digest))
         require_pass(tested)

@@ -11,6 +11,7 @@ from uenvd.oci.attach import attachments
 from uenvd.oci.index import LATEST, Entry
 from uenvd.oci.manifest import CREATED
 from uenvd.oci.reference import split_repository
+from uenvd.publish.comparison import performance_of
 from uenvd.publish.console import say, show, show_json, show_table
 from uenvd.publish.options import (
     DEPLOY,
@@ -108,6 +109,7 @@ def _show(arguments: argparse.Namespace) -> int:
         ]
         entry = describe(remote, source.repository, source.digest, tags)
         found = attachments(remote, source.repository, source.digest)
+        compared = performance_of(remote, source.repository, source.digest)
     attached: list[dict[str, Any]] = [
         {
             "type": manifest.artifact_type or manifest.config.media_type,
@@ -117,7 +119,14 @@ def _show(arguments: argparse.Namespace) -> int:
         for manifest in found
     ]
     if arguments.json:
-        show_json(entry.to_json() | {"repository": entry.repository, "attachments": attached})
+        show_json(
+            entry.to_json()
+            | {
+                "repository": entry.repository,
+                "attachments": attached,
+                "performance": compared.to_json() if compared else None,
+            }
+        )
         return 0
     label = _label(entry)
     show(f"image        {label.name}/{label.version}@{label.system}%{label.uarch} in {label.namespace}/")
@@ -127,6 +136,8 @@ def _show(arguments: argparse.Namespace) -> int:
     show(f"built        {entry.date or '-'}")
     show(f"mount point  {entry.mount or 'not known'}")
     show(f"tests        {entry.verdict}{f': {entry.remark}' if entry.remark else ''}")
+    for line in compared.lines() if compared is not None else ():
+        show(f"performance  {line}")
     if entry.deprecated:
         show(f"deprecated   {entry.deprecated}")
     for name, text in entry.views or ():

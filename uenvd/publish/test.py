@@ -24,6 +24,7 @@ from uenvd.publish.options import (
 )
 from uenvd.publish.push import Target, target_of
 from uenvd.publish.reframe.environments import TestEnvironment, parse_environments
+from uenvd.publish.smoke import SmokeTests, parse_smoke
 from uenvd.publish.testing import Tested, Wishes, examine, require_pass
 
 _REPORT_LIMIT_CHARS = 20_000
@@ -124,6 +125,7 @@ def wishes_of(arguments: argparse.Namespace, workdir: Path, recipe: Path | None)
         raise UsageError("--waive-tests needs a reason", hint="say who answers for it and why")
     environments: tuple[TestEnvironment, ...] | None = None
     own_tests: Path | None = None
+    smoke: SmokeTests | None = None
     if recipe is not None:
         settings, own_tests = recipe / "extra/reframe.yaml", recipe / "extra/reframe"
         if not recipe.is_dir():
@@ -132,11 +134,16 @@ def wishes_of(arguments: argparse.Namespace, workdir: Path, recipe: Path | None)
         if settings.is_file():
             environments = parse_environments(settings.read_text(errors="replace"), str(settings))
         own_tests = own_tests if own_tests.is_dir() else None
+        extra = recipe / "extra/smoke.yaml"
+        smoke = (
+            parse_smoke(extra.read_text(errors="replace"), str(extra)) if extra.is_file() else SmokeTests()
+        )
     return Wishes(
         workdir=workdir,
         tests=tuple(arguments.tests),
         environments=environments,
         own_tests=own_tests,
+        smoke=smoke,
         through=arguments.through,
         slurm=arguments.slurm,
         slurm_options=tuple(arguments.slurm_option),
@@ -167,6 +174,8 @@ def tell(tested: Tested) -> None:
         say(f"note: {case} needed {case.attempts} attempts")
     if tested.waived is not None:
         say(f"note: missing tests were waived: {tested.waived}")
+    for line in tested.compared.lines() if tested.compared is not None else ():
+        say(line)
     say(f"{tested.verdict}; the report is attached to {tested.digest}")
 
 
@@ -210,9 +219,12 @@ def summary(tested: Tested) -> dict[str, object]:
         "passed": verdict.passed,
         "failed": verdict.failed,
         "skipped": verdict.skipped,
+        "built_in": verdict.ran - verdict.own,
         "waived": tested.waived,
         "mounted": tested.mounted,
         "problems": list(verdict.problems),
+        "retried": [case.name for case in verdict.retried],
+        "performance": tested.compared.to_json() if tested.compared is not None else None,
         "cases": [
             {"name": case.name, "environment": case.environment, "result": case.result, "reason": case.reason}
             for case in verdict.cases

@@ -14,19 +14,22 @@ from typing import Final, Literal
 
 from uenvd.cache.pull import pull_blob
 from uenvd.cache.store import Store
+from uenvd.errors import ConfigError, ResourceMissing, TestsFailed, UnknownLabel, UsageError
 from uenvd.errors import NotFound as NotInRegistry
-from uenvd.errors import ResourceMissing, TestsFailed, UnknownLabel, UsageError
 from uenvd.oci.attach import REFRAME_TYPE, VERDICT, attach, json_content
 from uenvd.oci.manifest import Manifest, squashfs_layer
 from uenvd.oci.reference import split_repository
 from uenvd.oci.remote import Progress, Remote, never
 from uenvd.publish import mountpoint
+from uenvd.publish.comparison import Compared, performance_of
 from uenvd.publish.push import Target
+from uenvd.publish.reframe.builtin import OWN_ENVIRONMENT, write_tests
 from uenvd.publish.reframe.environments import IMAGE_FILE, TESTS_DIRECTORY, TestEnvironment
 from uenvd.publish.reframe.extras import Extras, read_extras
 from uenvd.publish.reframe.report import TESTED, WAIVED, Verdict, cleaned, join, judge, with_problem
 from uenvd.publish.reframe.session import Outcome, failure_info, login_environ, require_reframe, run_session
 from uenvd.publish.reframe.site import Site, SlurmJobs, environment_name, wanted_views
+from uenvd.publish.smoke import SmokeTests, check_views, scripts
 from uenvd.views import ImageMeta
 
 Through = Literal["auto", "uenvd", "file"]
@@ -49,6 +52,8 @@ class Wishes:
     """Instead of the image's own; None: the image's."""
     own_tests: Path | None = None
     """Directory of test files instead of the image's own."""
+    smoke: SmokeTests | None = None
+    """What the recipe adds to the built-in tests, instead of what the image says."""
     through: Through = "auto"
     slurm: bool = False
     slurm_options: tuple[str, ...] = ()
@@ -78,6 +83,8 @@ class Tested:
     """How the image was mounted, for humans."""
     failures: str
     """ReFrame's own account of the failed tests."""
+    compared: Compared | None = None
+    """Its performance against the release before it; None where there is nothing to compare."""
 
     @property
     def passing(self) -> bool:
@@ -124,7 +131,8 @@ def examine(
         remote, target.repository, manifest.digest, REFRAME_TYPE, [json_content(REPORT_TITLE, report)], notes
     )
     failures = "\n\n".join(filter(None, map(failure_info, outcomes)))
-    return Tested(manifest.digest, judge(report), waived, report, attachment, mounted, failures)
+    compared = performance_of(remote, target.repository, manifest.digest, report=report)
+    return Tested(manifest.digest, judge(report), waived, report, attachment, mounted, failures, compared)
 
 
 def require_pass(tested: Tested) -> None:
@@ -173,6 +181,7 @@ class _Plan:
     meta: ImageMeta | None
     environments: tuple[TestEnvironment, ...]
     tests: tuple[Path, ...]
+    smoke: SmokeTests
     environ: Mapping[str, str]
     workdir: Path
 
@@ -192,6 +201,12 @@ def _plan(target: Target, manifest: Manifest, image: Path, wishes: Wishes) -> _P
                 f"{path} does not exist", hint="--tests names a test file or a directory of them"
             )
     meta = extras.meta
+    smoke = wishes.smoke if wishes.smoke is not None else extras.smoke
+    unknown = check_views(smoke, meta)
+    if unknown is not None:
+        raise ConfigError(
+            f"the smoke tests of {name}/{version} name the view {unknown!r}, which the image has not"
+        )
     return _Plan(
         target=target,
         manifest=manifest,
@@ -204,6 +219,7 @@ def _plan(target: Target, manifest: Manifest, image: Path, wishes: Wishes) -> _P
         meta=meta,
         environments=environments or (),
         tests=tuple(tests),
+        smoke=smoke,
         environ=login_environ(wishes.environ, wishes.passed_variables),
         workdir=wishes.workdir,
     )
@@ -215,6 +231,7 @@ class _Session:
 
     site: Site
     environments: Sequence[TestEnvironment]
+    tests: tuple[Path, ...]
     entry: tuple[str, ...] = ()
     source: str | None = None
 
@@ -235,16 +252,28 @@ def _run(
             _slurm_backend(plan.environ),
         )
         site = _site(plan, wishes, "slurm", jobs)
-        sessions = [_Session(site, plan.environments)]
+        sessions = []
+        if with_uenv:
+            sessions = [
+                _Session(site, plan.environments, (*plan.tests, _smoke_tests(plan, site, with_uenv[0])))
+            ]
+        else:
+            if without:
+                sessions.append(_Session(site, without, plan.tests))
+            site = _site(plan, wishes, "slurm-smoke", jobs)
+            sessions.append(_Session(site, [OWN_ENVIRONMENT], (_smoke_tests(plan, site, OWN_ENVIRONMENT),)))
         mounted = f"--uenv={plan.label}"
     else:
-        sessions, mounted = [], "nowhere"
-        if with_uenv or not without:
-            site = _site(plan, wishes, "uenv", None)
-            entry, source, mounted = _entry(remote, plan, wishes, say)
-            sessions.append(_Session(site, with_uenv, entry, source))
+        sessions = []
+        site = _site(plan, wishes, "uenv", None)
+        entry, source, mounted = _entry(remote, plan, wishes, say)
+        # Tests that name no environment do not run in the one that is made up for the built-in ones.
+        environments = with_uenv or [OWN_ENVIRONMENT]
+        tests = plan.tests if with_uenv else ()
+        tests = (*tests, _smoke_tests(plan, site, environments[0]))
+        sessions.append(_Session(site, environments, tests, entry, source))
         if without:
-            sessions.append(_Session(_site(plan, wishes, "host", None), without))
+            sessions.append(_Session(_site(plan, wishes, "host", None), without, plan.tests))
     for session in sessions:
         for environment in session.environments:
             wanted_views(session.site, environment)
@@ -256,7 +285,7 @@ def _run(
             run_session(
                 session.site,
                 session.environments,
-                plan.tests,
+                session.tests,
                 entry=session.entry,
                 source=session.source,
                 limit_s=wishes.limit_s,
@@ -264,6 +293,12 @@ def _run(
             )
         )
     return mounted, outcomes
+
+
+def _smoke_tests(plan: _Plan, site: Site, environment: TestEnvironment) -> Path:
+    """Write the built-in tests, to be run in an environment; return their file."""
+    made = scripts(plan.meta, plan.mount, plan.smoke, plan.environ)
+    return write_tests(site.workdir / "smoke", made, environment_name(site, environment))
 
 
 def _site(plan: _Plan, wishes: Wishes, name: str, slurm: SlurmJobs | None) -> Site:
@@ -291,12 +326,17 @@ def _covered(plan: _Plan, report: bytes, waiver: str | None) -> tuple[bytes, str
         return report, None
     site = Site(plan.name, plan.meta, plan.system, plan.uarch, {}, plan.workdir, 0)
     missing = [one for one in plan.environments if not verdict.of_environment(environment_name(site, one))]
+    if plan.tests and not plan.environments and not verdict.own:
+        missing = [OWN_ENVIRONMENT]
     if not missing or waiver is not None:
         return report, waiver if missing else None
     for environment in missing:
-        report = with_problem(
-            report, f"{COVERAGE_CASE}-{environment.name}", f"no test was selected for '{environment.name}'"
+        what = (
+            f"no test was selected for '{environment.name}'"
+            if environment is not OWN_ENVIRONMENT
+            else f"there are tests, and no environment to run them in ({IMAGE_FILE})"
         )
+        report = with_problem(report, f"{COVERAGE_CASE}-{environment.name}", what)
     return report, None
 
 

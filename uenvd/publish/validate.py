@@ -19,21 +19,42 @@ from uenvd.publish.recipe import Recipe, load_recipe
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument(
-        "recipes", metavar="RECIPE", type=Path, nargs="*", help="a recipe's directory; default: all that --config names"
+        "recipes",
+        metavar="RECIPE",
+        type=Path,
+        nargs="*",
+        help="a recipe's directory; default: all that --config names",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="a site's configuration: it is checked, with all its recipes")
     parser.add_argument(
-        "--recipes-dir", type=Path, metavar="DIR", help="where the configuration's recipes are; default: recipes beside it"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a site's configuration: it is checked, with all its recipes",
     )
-    parser.add_argument("--strict", action="store_true", help="end with an error where there are warnings, too")
     parser.add_argument(
-        "--stack-config", metavar="PROGRAM", help="Stackinator's, to check recipes of its format; default: stack-config, if installed"
+        "--recipes-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the configuration's recipes are; default: recipes beside it",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="end with an error where there are warnings, too"
+    )
+    parser.add_argument(
+        "--stack-config",
+        metavar="PROGRAM",
+        help="Stackinator's, to check recipes of its format; default: stack-config, if installed",
     )
     parser.add_argument("--no-stack-config", action="store_true", help="do not ask Stackinator")
     parser.add_argument(
-        "--cluster-config", type=Path, metavar="DIR", help="the clusters' configurations for Stackinator: DIR/CLUSTER"
+        "--cluster-config",
+        type=Path,
+        metavar="DIR",
+        help="the clusters' configurations for Stackinator: DIR/CLUSTER",
     )
-    parser.add_argument("--json", action="store_true", help="print what the recipes say, and what is wrong, as JSON")
+    parser.add_argument(
+        "--json", action="store_true", help="print what the recipes say, and what is wrong, as JSON"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -113,7 +134,9 @@ def _ask(
             continue
         system = None if systems is None else systems / cell.system
         if system is not None and not system.is_dir():
-            raise UsageError(f"{system} is no directory", hint="--cluster-config DIR has a directory for each cluster")
+            raise UsageError(
+                f"{system} is no directory", hint="--cluster-config DIR has a directory for each cluster"
+            )
         try:
             recipe, about = wishes.get((cell.recipe, system)) or (load_recipe(cell.recipe), ())
         except UenvError:

@@ -112,4 +112,6 @@ def save_state(directory: Path, tasks: Mapping[str, Mapping[str, object]]) -> No
     """Write down what is known. Raises `StorageError`."""
     path = directory / STATE
     with storage_errors(path, "write"):
-        write_atomically(path, (json.dumps({"schema": 1, "tasks": tasks}, indent=1) + "\n").encode(), durable=False)
+        write_atomically(
+            path, (json.dumps({"schema": 1, "tasks": tasks}, indent=1) + "\n").encode(), durable=False
+        )

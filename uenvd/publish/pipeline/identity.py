@@ -1,9 +1,10 @@
-"""The content tag of an image: equal if and only if it would be built from equal inputs. By it an image that is there is found, and not built again."""
+"""The content tag of an image: equal if and only if it would be built from equal inputs. By it what is there is found, and not built again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Final
 
@@ -15,6 +16,7 @@ from uenvd.publish.recipe import Recipe
 BUILD_VARIABLE: Final = "UENV_CIBUILDV_"
 """Prefix of a target's variables that the build sees, without it. The name is that of existing pipelines."""
 _DIGITS: Final = 32
+_REFERENCE: Final = re.compile(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 
 
 def build_environment(cell: Cell) -> dict[str, str]:
@@ -26,6 +28,21 @@ def build_environment(cell: Cell) -> dict[str, str]:
     }
 
 
+def expanded(environment: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return variables with ``$NAME`` replaced: secrets of the machine that builds, which no tag depends on. Raises `ConfigError`."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in environ:
+            raise ConfigError(
+                f"the plan's variables refer to ${name}, which is not set here",
+                hint="it is a secret or a setting of the machine that builds: set it there",
+            )
+        return environ[name]
+
+    return {name: _REFERENCE.sub(value, text) for name, text in environment.items()}
+
+
 def content_tag(cell: Cell, recipe: Recipe) -> str:
     """Return ``content-<32 hex digits>`` for what a cell would build. Raises `ConfigError` if its mount point is not the recipe's."""
     if cell.mount != recipe.mount:
@@ -33,7 +50,9 @@ def content_tag(cell: Cell, recipe: Recipe) -> str:
             f"{cell.label}: the plan says mount {cell.mount}, the recipe's config.yaml says store {recipe.mount}",
             hint="make them equal: the mount point is part of every file of the image",
         )
-    return tag_of(recipe.fingerprint(), _builder_name(), recipe.mount, build_environment(cell), machine_of(cell, recipe))
+    return tag_of(
+        recipe.fingerprint(), _builder_name(), recipe.mount, build_environment(cell), machine_of(cell, recipe)
+    )
 
 
 def machine_of(cell: Cell, recipe: Recipe) -> str:

@@ -6,6 +6,7 @@ tag after all others: who finds that tag finds everything.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from uenvd.errors import DeployRefused, NotFound, UenvError, UnknownLabel
+from uenvd.errors import DeployRefused, ManifestError, NotFound, UenvError, UnknownLabel
 from uenvd.oci.attach import META_TYPE, attach, directory_content
 from uenvd.oci.files import locked
 from uenvd.oci.index import read_index
@@ -23,9 +24,10 @@ from uenvd.publish.build import Built, build
 from uenvd.publish.deploy import deploy_image
 from uenvd.publish.gate import check_tested
 from uenvd.publish.options import BUILD, DEPLOY
-from uenvd.publish.pipeline.identity import build_environment, content_tag
+from uenvd.publish.pipeline.identity import build_environment, content_tag, expanded
 from uenvd.publish.pipeline.tasks import Failure, StageResult
 from uenvd.publish.plan import Cell, Stage
+from uenvd.publish.provenance import attach_evidence
 from uenvd.publish.push import Target, check_free, give_tag, prepare_image, upload_blobs
 from uenvd.publish.recipe import Recipe, load_recipe
 from uenvd.publish.testing import Tested, Wishes, examine, require_pass
@@ -86,27 +88,29 @@ def build_stage(work: Work, cell: Cell) -> StageResult:
     upload_blobs(work.remote, place, image, work.pushing)
     work.remote.push_manifest(place, None, image.raw)
     attach(work.remote, place, image.digest, META_TYPE, [directory_content(built.meta_dir, META_TITLE)])
+    attach_evidence(
+        work.remote, place, image.digest, image=built.image, meta_dir=built.meta_dir, log=built.log
+    )
     for one in tags:
         give_tag(work.remote, place, one, image.raw)
     for note in image.notes:
         work.say(f"note: {note}")
     size = f"{image.layer.size_bytes / 1e6:.1f} MB"
-    return StageResult(
-        cell.id, "build", place, tag, image.digest, False, time.monotonic() - began_s, size
-    )
+    return StageResult(cell.id, "build", place, tag, image.digest, False, time.monotonic() - began_s, size)
 
 
 def _build(work: Work, recipe: Recipe, cell: Cell, tag: str) -> Built:
     """Build, or take what another cell or a run that was killed built of the same inputs."""
     directory = work.directory / IMAGES
     directory.mkdir(parents=True, exist_ok=True)
+    environment = expanded(build_environment(cell), os.environ)
     with locked(directory / f"{tag}.lock", _BUILD_PATIENCE_S):
         return build(
             recipe,
             directory / tag,
             cache=work.cache,
             say=work.say,
-            environment=build_environment(cell) or None,
+            environment=environment or None,
         )
 
 
@@ -209,7 +213,7 @@ def released_before(remote: Remote, cell: Cell, digest: str, release: str) -> bo
     """Whether the image was released under this tag to the end: the index, which is written last, has it."""
     try:
         index = read_index(remote, DEPLOY, cell.system)
-    except NotFound:
+    except (NotFound, ManifestError):
         return False
     target = repository(cell, DEPLOY)
     if not any(entry.digest == digest and release in entry.tags for entry in index.of_repository(target)):
@@ -217,7 +221,9 @@ def released_before(remote: Remote, cell: Cell, digest: str, release: str) -> bo
     return find_digest(remote, target, release) == digest
 
 
-def survey(work: Work, cells: Sequence[Cell], stages: Sequence[Stage]) -> dict[tuple[str, Stage], StageResult]:
+def survey(
+    work: Work, cells: Sequence[Cell], stages: Sequence[Stage]
+) -> dict[tuple[str, Stage], StageResult]:
     """Return the results of the stages that need not be run, by cell id and stage: what an earlier run, or another, did.
 
     Raises the registry's errors. A cell that cannot be identified has no results: its build will say why.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from uenvd.publish.plan import git
+from uenvd.publish.plan.cell import Runner
 from uenvd.publish.plan.checks import targets_of
 from uenvd.publish.plan.inputs import touches
 from uenvd.publish.plan.model import Plan
@@ -47,7 +48,10 @@ def changes_since(plan: Plan, base: str) -> Changes:
             reasons[cell.id] = "new"
         elif now[cell.id] != then[cell.id]:
             reasons[cell.id] = "entry"
-        elif cell.recipe in touched:
+        elif cell.recipe in touched or (
+            # A recipe that is gone could have been in either of two places.
+            not cell.recipe.is_dir() and any(f"/{now[cell.id].path}/" in str(path) for path in files)
+        ):
             reasons[cell.id] = "recipe"
     chosen = [cell for cell in plan.cells if cell.id in reasons]
     narrowed = plan.narrowed(chosen)
@@ -68,10 +72,22 @@ def changes_since(plan: Plan, base: str) -> Changes:
     )
 
 
-def _statements(site: SiteConfig) -> dict[str, Hashable]:
+class _Statement(NamedTuple):
+    """What the configuration says of a cell."""
+
+    path: str
+    mount: str
+    deploy: bool
+    partition: str | None
+    variables: tuple[tuple[str, str], ...]
+    runner: Runner
+    no_bwrap: bool
+
+
+def _statements(site: SiteConfig) -> dict[str, _Statement]:
     """Return what the configuration says of each cell, by id."""
     return {
-        f"{entry.uenv}-{cluster.name}/{target.uarch}": (
+        f"{entry.uenv}-{cluster.name}/{target.uarch}": _Statement(
             entry.recipes[target.uarch].text,
             entry.mount.text,
             any(place.text == target.uarch for place in entry.deploy.get(cluster.name, ())),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -12,7 +12,8 @@ from uenvd.errors import RecipeError, UenvError
 from uenvd.publish.plan.cell import Cell, Problem, Severity
 from uenvd.publish.plan.siteconfig import Cluster, Entry, SiteConfig, Target, problem_of
 from uenvd.publish.recipe import Recipe, load_recipe
-from uenvd.publish.recipe.model import NOT_PART_OF_A_RECIPE
+from uenvd.publish.recipe.model import DEFAULT_MOUNT, NOT_PART_OF_A_RECIPE
+from uenvd.views import clean_mount
 
 TESTS_FILE: Final = Path("extra") / "reframe.yaml"
 
@@ -62,11 +63,10 @@ def check_recipes(site: SiteConfig, recipes: Path, cells: Sequence[Cell]) -> tup
                 subject for entry, _ in entries for subject in ids.get((directory, entry.uenv), (entry.uenv,))
             )
         )
-        recipe, problems = check_recipe(directory, about)
-        found += problems
-        if recipe is not None:
-            found += _check_against_recipe(site, recipe, entries, ids)
-    found += _unused(recipes, users)
+        found += check_recipe(directory, about)[1]
+        found += _check_against_recipe(site, directory, entries, ids)
+    if site.entries:
+        found += _unused(recipes, users)
     return tuple(dict.fromkeys(found))
 
 
@@ -124,9 +124,17 @@ def check_recipe(directory: Path, about: tuple[str, ...] = ()) -> tuple[Recipe |
     except UenvError as error:
         found.append(Problem(str(directory), 0, "", error.message, "error", error.hint or "", about))
     for path in sorted(directory.glob("*.yaml")):
-        if path.name in {"config.yaml", "compilers.yaml", "environments.yaml", "packages.yaml", "modules.yaml"}:
+        if path.name in {
+            "config.yaml",
+            "compilers.yaml",
+            "environments.yaml",
+            "packages.yaml",
+            "modules.yaml",
+        }:
             try:
-                y.compose(path.read_text(encoding="utf-8"), str(path), y.Dialect(RecipeError, "docs/recipes.md"))
+                y.compose(
+                    path.read_text(encoding="utf-8"), str(path), y.Dialect(RecipeError, "docs/recipes.md")
+                )
             except RecipeError as error:
                 found.append(problem_of(error, about=about))
             except (OSError, UnicodeDecodeError) as error:
@@ -148,40 +156,42 @@ def check_recipe(directory: Path, about: tuple[str, ...] = ()) -> tuple[Recipe |
 
 def _check_against_recipe(
     site: SiteConfig,
-    recipe: Recipe,
+    directory: Path,
     entries: Sequence[tuple[Entry, str]],
-    ids: dict[tuple[Path, str], tuple[str, ...]],
+    ids: Mapping[tuple[Path, str], tuple[str, ...]],
 ) -> Iterator[Problem]:
-    """Compare what the configuration says of a recipe with what the recipe says of itself."""
-    path = recipe.directory / "config.yaml"
+    """Compare what the configuration says of a recipe with what its ``config.yaml`` says, whatever else may be wrong in the recipe."""
+    path = directory / "config.yaml"
+    dialect = y.Dialect(RecipeError)
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = y.Section(str(path), "", y.compose(text, str(path), dialect), 0, dialect)
+        store = document.take("store", y.text, DEFAULT_MOUNT)
+        name = document.need("name", y.text)
+    except (OSError, UnicodeDecodeError, RecipeError):
+        return
+    mount = clean_mount(store) or store
     for entry in dict.fromkeys(entry for entry, _ in entries):
-        about = ids.get((recipe.directory, entry.uenv), (entry.uenv,))
-        if recipe.mount != entry.mount.text:
-            stated = _line_of(path, "store")
+        about = ids.get((directory, entry.uenv), (entry.uenv,))
+        if mount != entry.mount.text:
+            stated = document.line_of("store")
             yield Problem(
                 site.file,
                 entry.mount.line,
                 f"{entry.key}.mount",
-                f"is {entry.mount.text}, but the recipe's store is {recipe.mount} ({path}"
+                f"is {entry.mount.text}, but the recipe's store is {mount} ({path}"
                 + (f":{stated})" if stated else ", by default)"),
                 about=about,
             )
-        if recipe.name != entry.name:
+        if name != entry.name:
             yield Problem(
                 str(path),
-                _line_of(path, "name"),
+                document.line_of("name"),
                 "name",
-                f"is {recipe.name!r}, but {site.file}:{entry.line} lists the recipe under {entry.name!r}",
+                f"is {name!r}, but {site.file}:{entry.line} lists the recipe under {entry.name!r}",
                 "warning",
                 about=about,
             )
-
-
-def _line_of(path: Path, key: str) -> int:
-    """Return the line of a key at the top of a file that was read before; 0 if it is not there."""
-    dialect = y.Dialect(RecipeError)
-    document = y.Section(str(path), "", y.compose(path.read_text(encoding="utf-8"), str(path), dialect), 0, dialect)
-    return document.line_of(key)
 
 
 def _unused(recipes: Path, users: dict[Path, list[tuple[Entry, str]]]) -> Iterator[Problem]:

@@ -44,9 +44,18 @@ def merge_base(directory: Path, commit: str) -> str:
 def changed_files(directory: Path, commit: str) -> tuple[Path, ...]:
     """Return the files, absolute, in which the working tree differs from a commit, deleted and untracked ones too."""
     top = Path(
-        _git(directory, "rev-parse", "--show-toplevel", fault=f"{directory} is in no git repository").rstrip("\n")
+        _git(directory, "rev-parse", "--show-toplevel", fault=f"{directory} is in no git repository").rstrip(
+            "\n"
+        )
     )
-    options = ("--name-only", "-z", "--no-renames", "--no-ext-diff", "--no-textconv", "--ignore-submodules=none")
+    options = (
+        "--name-only",
+        "-z",
+        "--no-renames",
+        "--no-ext-diff",
+        "--no-textconv",
+        "--ignore-submodules=none",
+    )
     differing = _git(directory, "diff", *options, commit, "--", fault="git cannot compare")
     new = _git(top, "ls-files", "-z", "--others", "--exclude-standard", fault="git cannot list files")
     return tuple(sorted({top / name for text in (differing, new) for name in text.split("\0") if name}))

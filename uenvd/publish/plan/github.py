@@ -32,7 +32,7 @@ MAX_CELLS: Final = 256
 CHECKOUT: Final = "actions/checkout@v4"
 UPLOAD: Final = "actions/upload-artifact@v4"
 DOWNLOAD: Final = "actions/download-artifact@v4"
-AUTH_SECRET: Final = "UENVD_REGISTRY_AUTH"
+AUTH_SECRET: Final = "UENVD_REGISTRY_AUTH"  # noqa: S105  # a name
 """The repository's secret with the credentials of the registry, in docker's format."""
 _SELF_HOSTED: Final = "self-hosted"
 _LOG_IN: Final = (
@@ -70,7 +70,7 @@ def github_workflow(plan: Plan, options: JobOptions) -> str:
 class _Dumper(yaml.SafeDumper):
     """No anchors: GitHub refuses them in places, and people read this."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
@@ -92,13 +92,18 @@ def _job(stage: Stage, before: Stage | None, cells: list[Cell], options: JobOpti
         job["needs"] = [before]
         job["if"] = "${{ !cancelled() }}"
     if stage == "deploy":
-        job["if"] = "${{ !cancelled() && github.event_name == 'workflow_dispatch' && github.ref_name == github.event.repository.default_branch }}"
+        job["if"] = (
+            "${{ !cancelled() && github.event_name == 'workflow_dispatch' && github.ref_name == github.event.repository.default_branch }}"
+        )
         job["environment"] = {"name": "deploy"}
     job["runs-on"] = "${{ matrix.runner }}"
     if options.image:
         job["container"] = {"image": options.image}
     job["timeout-minutes"] = TIMEOUT_H * 60
-    job["strategy"] = {"fail-fast": False, "matrix": {"include": [_row(cell, stage, options) for cell in cells]}}
+    job["strategy"] = {
+        "fail-fast": False,
+        "matrix": {"include": [_row(cell, stage, options) for cell in cells]},
+    }
     job["env"] = {"UENV_CELL": "${{ matrix.cell }}", "UENV_EXECUTOR": "${{ matrix.executor }}"}
     job["steps"] = _steps(stage, before, options, secrets_of(cells))
     return job
@@ -158,7 +163,10 @@ def _steps(
             }
         )
         steps.append(
-            {"name": "Summary", "run": f'{{ echo "### $UENV_CELL"; cat {DOTENV_FILE}; }} >> "$GITHUB_STEP_SUMMARY"'}
+            {
+                "name": "Summary",
+                "run": f'{{ echo "### $UENV_CELL"; cat {DOTENV_FILE}; }} >> "$GITHUB_STEP_SUMMARY"',
+            }
         )
     elif stage == "test":
         steps += [

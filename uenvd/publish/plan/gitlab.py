@@ -31,8 +31,9 @@ MAX_CELLS: Final = 1000
 
 
 def gitlab_pipeline(plan: Plan, options: JobOptions) -> str:
-    """Return the YAML text. Raises `UsageError` for a plan without cells."""
-    require_cells(plan.cells, MAX_CELLS, "GitLab")
+    """Return the YAML text. A plan without cells has one job that does nothing, as a child pipeline needs one. Raises `UsageError` for too many."""
+    if plan.cells:
+        require_cells(plan.cells, MAX_CELLS, "GitLab")
     document: dict[str, Any] = {
         "stages": [
             stage for stage in STAGES if any(stage in stages_of(cell, options) for cell in plan.cells)
@@ -44,6 +45,9 @@ def gitlab_pipeline(plan: Plan, options: JobOptions) -> str:
             "retry": {"max": 1, "when": ["runner_system_failure", "stuck_or_timeout_failure"]},
         },
     }
+    if not plan.cells:
+        document["stages"] = ["build"]
+        document["nothing-to-do"] = {"stage": "build", "script": ["echo 'no image is affected'"]}
     if options.image:
         document["default"]["image"] = options.image
     if options.before:
@@ -61,7 +65,7 @@ def gitlab_pipeline(plan: Plan, options: JobOptions) -> str:
 class _Dumper(yaml.SafeDumper):
     """No anchors: a pipeline is read by people, too."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 

@@ -19,8 +19,8 @@ def roots_of(recipe: Path) -> frozenset[Path]:
         for parent, names, files in os.walk(directory):
             names[:] = [name for name in names if name not in NOT_PART_OF_A_RECIPE]
             for name in (*names, *files):
-                path = os.path.join(parent, name)
-                if os.path.islink(path):
+                path = Path(parent, name)
+                if path.is_symlink():
                     target = Path(os.path.realpath(path))
                     if target not in roots:
                         roots.add(target)
@@ -37,6 +37,8 @@ def touches(recipes: Iterable[Path], changed: Sequence[Path]) -> frozenset[Path]
     for recipe in recipes:
         roots = roots_of(recipe)
         # A changed file above a recipe is a link on the way to it.
-        if any(path in roots or path in recipe.parents or not roots.isdisjoint(path.parents) for path in changed):
+        if any(
+            path in roots or path in recipe.parents or not roots.isdisjoint(path.parents) for path in changed
+        ):
             found.add(recipe)
     return frozenset(found)

@@ -104,7 +104,8 @@ def load_plan(config: Path, *, recipes: Path | None = None) -> Plan:
         text = config.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(
-            f"{config}: no such file", hint="say --config FILE: the site's clusters and uenvs (docs/pipelines.md)"
+            f"{config}: no such file",
+            hint="say --config FILE: the site's clusters and uenvs (docs/pipelines.md)",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{config}: cannot be read: {error}") from error

@@ -14,7 +14,7 @@ from uenvd.publish.plan.cell import STAGES, Cell, Problem
 
 def say_problems(problems: Sequence[Problem]) -> None:
     """Write problems to stderr as compilers do, ``FILE:LINE: error: KEY: TEXT``, paths relative to where the user is."""
-    here = os.getcwd() + os.sep
+    here = f"{Path.cwd()}{os.sep}"
     hints: set[str] = set()
     for problem in problems:
         place = f"{problem.file}:{problem.line}" if problem.line else problem.file

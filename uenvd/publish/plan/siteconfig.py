@@ -142,10 +142,10 @@ class _Reader:
 
     def keys(self, parent: y.Section, key: str, *about: str) -> tuple[y.Section | None, tuple[str, ...]]:
         """Return the mapping under a key and its keys; None if it is none."""
+        section = None
         with self.attempt(*about):
             section = parent.section(key)
-            return section, tuple(section)
-        return None, ()
+        return section, tuple(section or ())
 
     def clusters(self, document: y.Section) -> None:
         section, names = self.keys(document, "clusters")
@@ -182,14 +182,12 @@ class _Reader:
         with self.attempt():
             body.end()
         # Also a cluster with a mistake in it is one: otherwise each `deploy` to it would be reported, too.
-        self.found[name] = Cluster(
-            name, section.line_of(name), MappingProxyType(targets), runner, no_bwrap
-        )
+        self.found[name] = Cluster(name, section.line_of(name), MappingProxyType(targets), runner, no_bwrap)
 
     def _target(self, body: y.Section) -> Target:
         uarch = body.need("uarch", y.word)
         partition = body.take("partition", _optional, None)
-        variables = body.take("variables", _variables, {})
+        variables = body.take("variables", _variables, None) or {}
         body.end()
         return Target(uarch, partition, MappingProxyType(variables), body.line)
 
@@ -205,7 +203,9 @@ class _Reader:
                 assert versions_section is not None
                 about = f"{name}/{version}"
                 if not _is_word(version):
-                    self.add(versions_section, version, "is no version (letters, digits, '_', '.', '-')", about)
+                    self.add(
+                        versions_section, version, "is no version (letters, digits, '_', '.', '-')", about
+                    )
                     continue
                 body, _ = self.keys(versions_section, version, about)
                 if body is not None:
@@ -246,7 +246,9 @@ def _runner(body: y.Section) -> Runner:
         return Runner()
     if isinstance(node, yaml.ScalarNode):
         if node.value != "f7t":
-            body.fail("runner", f"{node.value!r} is no runner", hint="f7t, or  {slurm-tag: ..., baremetal-tag: ...}")
+            body.fail(
+                "runner", f"{node.value!r} is no runner", hint="f7t, or  {slurm-tag: ..., baremetal-tag: ...}"
+            )
         return Runner()
     section = body.section("runner")
     runner = Runner(

@@ -62,7 +62,9 @@ class StackConfig:
 
     @property
     def format(self) -> int:
-        """The recipe format that it takes; 0 if that is not known."""
+        """The recipe format that it takes; 0 if that is not known, as with the branches of 6 and 7, which both say 7.0.0-dev."""
+        if "dev" in self.version and self.major >= _FIRST_WITH_VARIABLES:
+            return 0
         return _FORMATS.get(self.major, 0)
 
     def takes(self, recipe: Recipe) -> bool:
@@ -76,9 +78,16 @@ def find_stack_config(program: str = "stack-config") -> StackConfig | None:
     found = shutil.which(program)
     if found is None:
         return None
+    with tempfile.TemporaryDirectory(prefix="uenv-stack-config-", ignore_cleanup_errors=True) as cwd:
+        return _version_of(str(Path(found).absolute()), cwd)
+
+
+def _version_of(program: str, cwd: str) -> StackConfig | None:
     try:
+        # It leaves a log where it is run.
         done = subprocess.run(
-            [found, "--version"],
+            [program, "--version"],
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -89,7 +98,7 @@ def find_stack_config(program: str = "stack-config") -> StackConfig | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     match = re.search(r"(\d+(?:\.\d+)*\S*)\s*$", done.stdout)
-    return StackConfig(found, match[1]) if done.returncode == 0 and match else None
+    return StackConfig(program, match[1]) if done.returncode == 0 and match else None
 
 
 def format_of(recipe: Recipe) -> int:
@@ -112,7 +121,9 @@ def ask_stack_config(
     """
     if not tool.takes(recipe):
         return None
-    with tempfile.TemporaryDirectory(prefix="uenv-stack-config-", dir=SCRATCH, ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(
+        prefix="uenv-stack-config-", dir=SCRATCH, ignore_cleanup_errors=True
+    ) as name:
         place = Path(name)
         for directory in ("bin", "system", "mount", "cwd"):
             (place / directory).mkdir()
@@ -152,7 +163,10 @@ def ask_stack_config(
 
 def _said(output: str, place: Path) -> str:
     """Return what matters of the tool's output: no header, no advice, no names of our directory."""
-    skip = re.compile(r"Stackinator$|\s+(recipe path|build path|system|mount|build cache|develop)\s*:|see log")
+    skip = re.compile(
+        r"Stackinator$|\s+(recipe path|build path|system|mount|build cache|develop)\s*:|see log"
+    )
+    output = re.sub(r"\x1b\[[0-9;]*m", "", output)
     lines = [line.strip() for line in output.splitlines() if line.strip() and not skip.match(line)]
     return " / ".join(lines).replace(f"{place}/", "")[-_MAX_SAID:] or "it failed without a word"
 

@@ -15,6 +15,7 @@ from uenvd.publish.reframe.environments import (
     TestEnvironment,
     parse_environments,
 )
+from uenvd.publish.smoke import SMOKE_FILE, SmokeTests, parse_smoke
 from uenvd.squashfs import Image, Inode, Kind
 from uenvd.views import MAX_FILE_BYTES as MAX_META_BYTES
 from uenvd.views import ImageMeta, read_image_meta
@@ -30,6 +31,8 @@ class Extras:
     meta: ImageMeta | None
     environments: tuple[TestEnvironment, ...] | None
     """None if the image has no ``meta/extra/reframe.yaml``."""
+    smoke: SmokeTests
+    """What ``meta/extra/smoke.yaml`` adds to the built-in tests."""
     tests: Path | None
     """Where the test files of ``meta/extra/reframe`` were copied; None if there are none."""
 
@@ -37,8 +40,8 @@ class Extras:
 def read_extras(image: Path, directory: Path, name: str) -> Extras:
     """Read an image's metadata and environments, and copy its test files to ``directory``, which is made.
 
-    Raises `FormatError` for what is no squashfs image, `ConfigError` for a malformed reframe.yaml, `UsageError` for unreadable files and for
-    test directories beyond the bounds.
+    Raises `FormatError` for what is no squashfs image, `ConfigError` for a malformed reframe.yaml or smoke.yaml, `UsageError` for unreadable
+    files and for test directories beyond the bounds.
     """
     try:
         fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
@@ -51,6 +54,7 @@ def read_extras(image: Path, directory: Path, name: str) -> Extras:
         return Extras(
             read_image_meta(lambda path: _small_file(squashfs, path, MAX_META_BYTES)),
             _environments(squashfs, name),
+            _smoke(squashfs, name),
             _Copy(squashfs).run(directory),
         )
     except OSError as error:
@@ -72,6 +76,14 @@ def _environments(image: Image, name: str) -> tuple[TestEnvironment, ...] | None
         return None
     data = image.read_file(inode, MAX_FILE_BYTES)
     return parse_environments(data.decode(errors="replace"), f"{name}: {IMAGE_FILE}")
+
+
+def _smoke(image: Image, name: str) -> SmokeTests:
+    inode = image.find(SMOKE_FILE.encode())
+    if inode is None:
+        return SmokeTests()
+    data = image.read_file(inode, MAX_FILE_BYTES)
+    return parse_smoke(data.decode(errors="replace"), f"{name}: {SMOKE_FILE}")
 
 
 class _Copy:

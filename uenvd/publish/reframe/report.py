@@ -24,6 +24,9 @@ TESTED: Final = "dev.uenvd.tested.digest"
 WAIVED: Final = "dev.uenvd.tested.waived"
 """Annotation: why tests that are missing do not matter, in somebody's words."""
 
+BUILT_IN: Final = "UenvSmoke"
+"""How the names of the tests begin that every image gets (`uenvd.publish.smoke`)."""
+
 PASSING: Final = frozenset({"pass", "xfail"})
 SKIPPED: Final = "skip"
 _COUNTS: Final = ("num_cases", "num_failures", "num_aborted", "num_skipped")
@@ -60,6 +63,11 @@ class Case:
     def passed(self) -> bool:
         """Whether it did what it was expected to do."""
         return self.result in PASSING
+
+    @property
+    def built_in(self) -> bool:
+        """Whether it is one of those that every image gets."""
+        return self.name.startswith(BUILT_IN)
 
     @property
     def skipped(self) -> bool:
@@ -108,6 +116,11 @@ class Verdict:
         return sum(case.skipped for case in self.cases)
 
     @property
+    def own(self) -> int:
+        """How many tests were run that are not built in."""
+        return sum(not case.skipped and not case.built_in for case in self.cases)
+
+    @property
     def empty(self) -> bool:
         """Whether no test was run at all."""
         return self.ran == 0
@@ -118,11 +131,13 @@ class Verdict:
         return tuple(case for case in self.cases if case.passed and case.attempts > 1)
 
     def of_environment(self, name: str) -> int:
-        """Return how many tests were run in an environment."""
-        return sum(case.environment == name and not case.skipped for case in self.cases)
+        """Return how many tests were run in an environment, those that are built in left out."""
+        return sum(case.environment == name and not case.skipped and not case.built_in for case in self.cases)
 
     def __str__(self) -> str:
         text = f"{self.passed} of {self.ran} tests passed"
+        if self.own < self.ran:
+            text += f" ({self.ran - self.own} built in)"
         return text + (f", {self.skipped} skipped themselves" if self.skipped else "")
 
 

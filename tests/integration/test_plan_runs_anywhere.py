@@ -1,0 +1,165 @@
+"""One plan run here, on a real Slurm cluster and through FirecREST: the same images, the same statuses; and nothing is done twice.
+
+``UENVD_TEST_PLAN=full``: six cells everywhere, each built for itself; else fewer, which share their builds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from support.building import needed_packages
+from support.cluster import missing, running_cluster
+from support.firecrestdouble import SECRET, firecrest_double
+from support.plans import (
+    MACHINES,
+    NAMES,
+    PROGRAM,
+    Site,
+    events,
+    make_site,
+    outcome,
+    registry_of,
+    visible_images,
+)
+from support.registry import FakeRegistry
+from uenvd.errors import DispatchFailed
+from uenvd.publish.build import build
+from uenvd.publish.pipeline.stages import identify
+from uenvd.publish.plan import load_plan
+
+pytestmark = pytest.mark.usefixtures("node")
+FULL = os.environ.get("UENVD_TEST_PLAN") == "full"
+
+
+@pytest.fixture(scope="module")
+def site(node: None, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    reason = needed_packages()
+    if reason:
+        pytest.skip(f"needs Debian packages to build with: {reason}")
+    directory = tmp_path_factory.mktemp("site")
+    if FULL:
+        return make_site(directory)
+    site = make_site(directory, names=NAMES[:1], machines=(MACHINES[0], MACHINES[2]))
+    for cell in load_plan(site.config).cells[:1]:
+        recipe, tag = identify(cell)
+        build(recipe, directory / "seed" / tag, cache=directory / "cache")
+    return site
+
+
+@pytest.fixture
+def work(site: Site, tmp_path: Path) -> Path:
+    return seeded(site, tmp_path / "work")
+
+
+def seeded(site: Site, work: Path) -> Path:
+    """A working directory in which the builds are done, unless all is to be built."""
+    if not FULL:
+        shutil.copytree(site.directory / "seed", work / "images")
+    return work
+
+
+@pytest.fixture
+def registry() -> Iterator[FakeRegistry]:
+    with FakeRegistry() as registry:
+        yield registry
+
+
+def finals(stdout: str) -> dict[str, str]:
+    """Return the last state of each job, and that it came to it in a sensible way."""
+    found: dict[str, list[str]] = {}
+    for event in events(stdout)[:-1]:
+        found.setdefault(event["job"], []).append(event["state"])
+    for job, states in found.items():
+        assert states.index("running") < states.index("passed") if "running" in states else True, (
+            job,
+            states,
+        )
+    return {job: states[-1] for job, states in found.items()}
+
+
+def test_the_same_everywhere(site: Site, tmp_path: Path) -> None:
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    seen = {}
+    with running_cluster(nodes=1) as cluster, firecrest_double() as double:
+        environs = {"local": {}, "slurm": cluster.environ(), "firecrest": double.variables()}
+        for executor, env in environs.items():
+            work = seeded(site, tmp_path / executor)
+            words = ["--executor", executor, "--work", str(work), "--deploy", "v1", "--json", "--poll=0.3s"]
+            words += [f"--remote-dir={tmp_path}/remote", f"--remote-command={shlex.join(PROGRAM)}"]
+            with FakeRegistry() as registry:
+                done = site.run(registry.url, *words, env=env)
+                assert done.returncode == 0, done.stdout + done.stderr
+                cells = outcome(done.stdout)
+                assert list(cells) == site.cells
+                images = visible_images(registry_of(registry.url), site)
+                seen[executor] = (cells, finals(done.stdout), images)
+                uploads = registry.count("POST", "/blobs/uploads")
+                # Again: no job is started, nothing is uploaded.
+                again = site.run(registry.url, *words, env=env)
+                assert again.returncode == 0, again.stderr
+                assert all(event["reused"] for event in events(again.stdout)[:-1])
+                assert {one["digest"] for one in outcome(again.stdout).values()} == {
+                    one["digest"] for one in cells.values()
+                }
+                assert registry.count("POST", "/blobs/uploads") == uploads
+        assert len(double.jobs) == 3 * len(site.cells)
+        assert cluster.jobs() == []
+    assert seen["local"] == seen["slurm"] == seen["firecrest"]
+
+
+def test_one_that_fails_stops_only_itself(
+    site: Site, work: Path, registry: FakeRegistry, tmp_path: Path
+) -> None:
+    broken = tmp_path / "site"
+    shutil.copytree(site.directory, broken, symlinks=True)
+    config = json.loads((broken / "config.yaml").read_text())
+    entry = config["uenvs"]["tiny"]["1.0"]
+    entry["recipes"] = {"zen3": "1.0"}
+    config["clusters"]["alpha"]["targets"] = [{"uarch": "zen3"}]
+    config["clusters"]["beta"]["targets"] = [
+        {"uarch": "zen3", "variables": {"UENV_CIBUILDV_X": "$NOT_SET_ANYWHERE"}}
+    ]
+    entry["deploy"] = {}
+    (broken / "config.yaml").write_text(json.dumps(config))
+    other = replace(site, directory=broken, names=("tiny",), machines=(("alpha", "zen3"), ("beta", "zen3")))
+    junit = tmp_path / "junit.xml"
+    done = other.run(registry.url, "tiny", "--work", str(work), "--junit", str(junit))
+    assert "build-tiny/1.0-beta/zen3 failed: " in done.stderr, done.stderr
+    assert "NOT_SET_ANYWHERE" in done.stderr
+    assert "test-tiny/1.0-beta/zen3: skipped" in done.stderr
+    assert "test-tiny/1.0-alpha/zen3: passed" in done.stderr
+    assert done.returncode == 86
+    assert junit.read_text().count("<failure") == 1
+
+
+def test_firecrest_refuses(site: Site, registry: FakeRegistry, tmp_path: Path) -> None:
+    words = [
+        "--executor=firecrest",
+        "--work",
+        str(tmp_path / "work"),
+        f"--remote-dir={tmp_path}/remote",
+        "--poll=0.2s",
+    ]
+    with firecrest_double(busy=1000) as double:
+        done = site.run(registry.url, *words, env=double.variables())
+        assert done.returncode == DispatchFailed.exit_status, done.stderr
+        assert "429 too many requests" in done.stderr
+        assert len(double.requests) < 50
+        done = site.run(
+            registry.url, *words, env={**double.variables(), "FIRECREST_CLIENT_SECRET": "wrong-one"}
+        )
+        assert done.returncode == DispatchFailed.exit_status
+        assert "check FIRECREST_CLIENT_ID" in done.stderr
+        assert SECRET not in done.stderr
+        assert "wrong-one" not in done.stderr
+        assert not double.jobs

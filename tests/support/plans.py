@@ -1,0 +1,172 @@
+"""A site's configuration and recipes for tests of the pipeline: two environments that are quick to build, on three kinds of nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from support.building import make_cache, make_recipe, make_wheel
+from support.reframetests import HEAD
+from uenvd.oci.attach import META_TYPE, REFRAME_TYPE, attachments
+from uenvd.oci.manifest import squashfs_layer
+from uenvd.oci.reference import parse_registry
+from uenvd.oci.remote import Remote, open_remote
+
+PROGRAM = (sys.executable, "-P", "-m", "uenvd.publish.main")
+MOUNT = "/user-environment"
+NAMES = ("tiny", "small")
+MACHINES = (("alpha", "zen3"), ("alpha", "zen2"), ("beta", "zen3"))
+DEADLINE_S = 240.0
+
+TEST = (
+    HEAD
+    + """
+@rfm.simple_test
+class Runs(rfm.RunOnlyRegressionTest):
+    valid_systems = ['*']
+    valid_prog_environs = ['+tiny']
+    executable = 'tiny'
+
+    @sanity_function
+    def said(self):
+        return sn.assert_found(r'^tiny says 42$', self.stdout)
+"""
+)
+
+
+@dataclass
+class Site:
+    """``directory`` has config.yaml, recipes/ and cache/."""
+
+    directory: Path
+    names: Sequence[str] = NAMES
+    machines: Sequence[tuple[str, str]] = MACHINES
+
+    @property
+    def config(self) -> Path:
+        return self.directory / "config.yaml"
+
+    @property
+    def cells(self) -> list[str]:
+        """Return the ids of all cells, in their order."""
+        return [f"{name}/1.0-{system}/{uarch}" for name in self.names for system, uarch in self.machines]
+
+    def words(self, registry: str, *words: str) -> list[str]:
+        """Return the command that runs the plan."""
+        return [
+            *PROGRAM,
+            "run",
+            f"--config={self.config}",
+            f"--registry={registry}",
+            f"--cache={self.directory / 'cache'}",
+            "--through=file",
+            *words,
+        ]
+
+    def run(
+        self, registry: str, *words: str, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the plan to its end, in the site's directory."""
+        return subprocess.run(
+            self.words(registry, *words),
+            cwd=self.directory,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+
+    def change_test(self, name: str, text: str) -> None:
+        """Replace the test of one environment: its images are built anew."""
+        (self.directory / "recipes" / name / "1.0/extra/reframe/runs.py").write_text(text)
+
+
+def make_site(
+    directory: Path, *, names: Sequence[str] = NAMES, machines: Sequence[tuple[str, str]] = MACHINES
+) -> Site:
+    """Write a site."""
+    wheel = make_wheel(directory)
+    first = make_recipe(directory / "recipes", wheel, mount=MOUNT)
+    (first / "extra/reframe").mkdir(parents=True)
+    (first / "extra/reframe.yaml").write_text("tiny: {features: [tiny], views: [default]}\n")
+    (first / "extra/reframe/runs.py").write_text(TEST)
+    for name in names:
+        if name != "tiny":
+            shutil.copytree(first.parent, directory / "recipes" / name)
+            config = directory / "recipes" / name / "1.0/config.yaml"
+            config.write_text(config.read_text().replace("name: tiny", f"name: {name}"))
+    make_cache(directory / "cache", wheel)
+    site = Site(directory, names, machines)
+    systems = dict.fromkeys(system for system, _uarch in machines)
+    uarchs = list(dict.fromkeys(uarch for _system, uarch in machines))
+    body = {
+        "clusters": {
+            system: {
+                "targets": [{"uarch": uarch} for one, uarch in machines if one == system],
+                "runner": {"slurm-tag": f"{system}-slurm"},
+            }
+            for system in systems
+        },
+        "uenvs": {
+            name: {
+                "1.0": {
+                    "recipes": dict.fromkeys(uarchs, "1.0"),
+                    "deploy": {
+                        system: [uarch for one, uarch in machines if one == system] for system in systems
+                    },
+                    "mount": MOUNT,
+                }
+            }
+            for name in names
+        },
+    }
+    site.config.write_text(json.dumps(body, indent=1))
+    return site
+
+
+def events(stdout: str) -> list[dict[str, Any]]:
+    """Return what ``run --json`` told."""
+    return [json.loads(line) for line in stdout.splitlines()]
+
+
+def outcome(stdout: str) -> dict[str, Any]:
+    """Return the last event, its cells by id."""
+    last = events(stdout)[-1]
+    assert last["event"] == "end", stdout
+    return {cell["cell"]: cell for cell in last["cells"]}
+
+
+def registry_of(url: str) -> Remote:
+    return open_remote(parse_registry(url))
+
+
+def visible_images(remote: Remote, site: Site) -> dict[str, dict[str, str]]:
+    """Return repository -> tag -> digest of all that users and pipelines can see; each must be whole."""
+    found: dict[str, dict[str, str]] = {}
+    for namespace in ("build", "deploy"):
+        for name in site.names:
+            for system, uarch in site.machines:
+                repository = f"{namespace}/{system}/{uarch}/{name}/1.0"
+                for tag in remote.tags(repository):
+                    manifest = remote.manifest(repository, tag)
+                    for blob in manifest.layers:
+                        assert (
+                            sum(map(len, remote.stream_blob(repository, blob, 0, lambda: False)))
+                            == squashfs_layer(manifest).size_bytes
+                        )
+                    types = [one.artifact_type for one in attachments(remote, repository, manifest.digest)]
+                    assert META_TYPE in types, (repository, tag)
+                    if namespace == "deploy":
+                        assert REFRAME_TYPE in types, (repository, tag)
+                    assert len(types) == len(set(types)), types
+                    found.setdefault(repository, {})[tag] = manifest.digest
+    return found
