@@ -1,6 +1,7 @@
 """Many real daemons on one shared directory, and many requests to each, for an image that none of them has: how often is it sent?
 
-Run as root: ``python tests/bench/storm.py [--daemons 16] [--requests 4] [--megabytes 64]``. Prints one JSON object.
+Run as root: ``python tests/bench/storm.py [--daemons 16] [--requests 4] [--megabytes 64]
+[--rate MB_PER_S]``. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 import threading
@@ -25,7 +27,9 @@ from support.registry import FakeRegistry
 from uenvd.oci.files import hash_file
 
 
-def storm(top: Path, daemons: int, requests: int, megabytes: int) -> dict[str, float]:
+def storm(
+    top: Path, daemons: int, requests: int, megabytes: int, rate_bytes_per_s: int | None
+) -> dict[str, float | None]:
     """Return copies sent, seconds from the first request to the last byte usable, and what was asked for."""
     image = simple_image(top / "app.squashfs", "app", "app", megabytes=megabytes)
     size_bytes, digest = image.stat().st_size, hash_file(image)[0]
@@ -34,8 +38,11 @@ def storm(top: Path, daemons: int, requests: int, megabytes: int) -> dict[str, f
     os.chown(shared, NOBODY, NOBODY)
     extra = f"mounts: {{linger: 100ms}}\ncache: {{local: none, shared: {shared}, user: nobody}}\n"
     failures: list[object] = []
+    ready_s: list[float] = []
     with FakeRegistry() as fake, ExitStack() as stack:
         Publisher(fake.url).push(image, "app/1.0", "v1")
+        if rate_bytes_per_s is not None:
+            fake.spoil(f"/blobs/{digest}", bytes_per_s=rate_bytes_per_s)
         nodes = [
             stack.enter_context(running_daemon(top / f"node{number}", fake.url, extra=extra))
             for number in range(daemons)
@@ -49,6 +56,8 @@ def storm(top: Path, daemons: int, requests: int, megabytes: int) -> dict[str, f
             done = clients[number].ask("wait", lease=answer["lease"]) if answer["ok"] else answer
             if not done["ok"]:
                 failures.append(done["error"])
+
+            ready_s.append(time.monotonic() - began_s)
 
         threads = [threading.Thread(target=wait, args=(number,)) for number in range(len(clients))]
         for thread in threads:
@@ -67,6 +76,9 @@ def storm(top: Path, daemons: int, requests: int, megabytes: int) -> dict[str, f
         "requests": len(clients),
         "image_bytes": size_bytes,
         "copies": round(sent / size_bytes, 4),
+        "rate_bytes_per_s": rate_bytes_per_s,
+        "first_s": round(min(ready_s), 2),
+        "median_s": round(statistics.median(ready_s), 2),
         "seconds": round(took_s, 2),
         "failed": len(failures),
     }
@@ -78,11 +90,13 @@ def main() -> int:
     parser.add_argument("--daemons", type=int, default=16)
     parser.add_argument("--requests", type=int, default=4, help="of each daemon, at once")
     parser.add_argument("--megabytes", type=int, default=64)
+    parser.add_argument("--rate", type=float, help="of each connection, MB/s (default: none)")
     args = parser.parse_args()
+    rate = None if args.rate is None else round(args.rate * 1e6)
     top = Path(tempfile.mkdtemp(prefix="uenvd-storm-", dir="/var/tmp"))
     top.chmod(0o755)
     try:
-        found = storm(top, args.daemons, args.requests, args.megabytes)
+        found = storm(top, args.daemons, args.requests, args.megabytes, rate)
     finally:
         shutil.rmtree(top, ignore_errors=True)
     print(json.dumps(found))

@@ -696,3 +696,43 @@ def test_an_index_where_a_manifest_was_expected(fake: FakeRegistry, remote: Remo
     fake.put_manifest(REPOSITORY, "broken", b"{" * 100, MANIFEST_TYPE)
     with pytest.raises(ManifestError, match="no JSON"):
         remote.manifest(REPOSITORY, "broken")
+
+
+def test_a_cancelled_pull_ends_within_a_moment_whatever_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A silent registry, and a disk that takes its time: neither holds the caller up."""
+    data = os.urandom(4 << 20)
+    layer = Descriptor("application/x-squashfs", digest_of(data), len(data))
+    go_on = threading.Event()
+    fdatasync = os.fdatasync
+
+    def slow(fd: int) -> None:
+        go_on.wait(20)
+        fdatasync(fd)
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    monkeypatch.setattr(transfer_module, "FLUSH_BYTES", 1)
+    store = Store(tmp_path / "cancelled")
+    store.prepare()
+    cancelled = threading.Event()
+    began_s: list[float] = []
+
+    def progress(done_bytes: int, _total_bytes: int) -> None:
+        if done_bytes and not began_s:
+            began_s.append(time.monotonic())
+            cancelled.set()
+
+    with FakeRegistry() as fake:
+        fake.put_blob(data)
+        fake.spoil("/blobs/", stall_bytes=1 << 20)
+        remote = open_remote(parse_registry(fake.url))
+        try:
+            with pytest.raises(Cancelled):
+                pull_blob(remote, REPOSITORY, layer, store, progress=progress, cancelled=cancelled.is_set)
+            took_s = time.monotonic() - began_s[0]
+        finally:
+            go_on.set()
+            remote.close()
+    assert took_s < 2.0, "it waited for what hangs"
+    print(f"cancelled after {took_s:.3f} s")

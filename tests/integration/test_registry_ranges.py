@@ -89,11 +89,11 @@ def test_pieces_are_closed_ranges_and_each_byte_is_asked_for_once(
 def test_several_connections_carry_more_than_one_that_is_limited(
     fake: FakeRegistry, remote: Remote, store: Store
 ) -> None:
-    fake.spoil("/blobs/", bytes_per_s=800_000)
+    fake.spoil("/blobs/", bytes_per_s=400_000)
     begin = time.monotonic()
     pull(remote, store)
     assert content(store) == DATA
-    alone = len(DATA) / 800_000
+    alone = len(DATA) / 400_000
     assert time.monotonic() - begin < 0.75 * alone
 
 

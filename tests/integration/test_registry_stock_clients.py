@@ -30,6 +30,7 @@ from uenvd.oci.manifest import squashfs_layer
 from uenvd.oci.reference import attachment_tag, parse_registry
 from uenvd.oci.remote import open_remote
 from uenvd.publish.deploy import deploy_image
+from uenvd.publish.history import RELEASE_TYPE
 from uenvd.publish.push import Target
 from uenvd.publish.releases import reindex
 
@@ -148,7 +149,11 @@ def test_we_discover_and_deploy_what_oras_publishes(
     assert meta is not None and [view.name for view in meta.views] == ["default"]
     done = deploy_image(remote, Target(BUILD, "4711"), "v1")
     assert (done.digest, done.verdict, done.attachments) == (digest, "passed", 2)
-    assert {one.artifact_type for one in attachments(remote, DEPLOY, digest)} == {META_TYPE, REFRAME_TYPE}
+    assert {one.artifact_type for one in attachments(remote, DEPLOY, digest)} == {
+        META_TYPE,
+        REFRAME_TYPE,
+        RELEASE_TYPE,
+    }
     (entry,) = read_index(remote, "deploy", "demo").entries.values()
     assert entry.views == (("default", "the view default"),) and entry.remark == "2 of 2 tests passed"
 
@@ -172,7 +177,7 @@ def test_we_discover_and_deploy_what_oras_publishes(
     seen = json.loads(
         run(oras, "discover", "--plain-http", "--format", "json", f"{host}/{DEPLOY}:v1", cwd=tmp_path)
     )
-    assert len(seen["manifests"]) == 2
+    assert len(seen["manifests"]) == 3
 
 
 def test_oras_and_we_attach_at_the_same_time(oras: Path, image: Path, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ import fcntl
 import logging
 import os
 import secrets
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,15 +29,18 @@ from uenvd.cache.claim import FlockClaim, HeartbeatClaim, Watch, unless_stale
 from uenvd.cache.identity import CacheUser, as_user
 from uenvd.cache.leases import NodeLeases, held_anywhere, refresh
 from uenvd.cache.partial import received_bytes
+from uenvd.cache.pauses import Pauses
 from uenvd.errors import InUse, NotFound, StorageError
 from uenvd.oci.files import storage_errors, sync_directory
 from uenvd.oci.reference import is_digest
 
 log = logging.getLogger(__name__)
 
+_MAX_PARTS: Final = 1000
+
 GRACE_S: Final = 3600.0
 _ABSENT_S: Final = 1.0
-"""A shared directory is asked again for a blob that was not there, or that somebody writes, at most this often."""
+"""A shared directory is asked again for a blob that was not there, or that somebody writes, at most this often at first (`uenvd.cache.pauses`)."""
 
 
 class Blobs:
@@ -69,9 +71,8 @@ class Blobs:
         self._lease_files = root / "leases"
         self.watch = Watch()
         self.leases = NodeLeases(self._lease_files, node, user) if node is not None else None
-        self._lock = threading.Lock()
-        self._absent: dict[str, float] = {}
-        self._busy: dict[str, float] = {}
+        self._absent, self._busy, self._measured = Pauses(), Pauses(), Pauses()
+        self._parts: dict[str, int] = {}
 
     @property
     def directories(self) -> tuple[Path, ...]:
@@ -93,7 +94,7 @@ class Blobs:
         path = self.path(digest)
         if not self.shared:
             return _exists(path)
-        if self._is_fresh(self._absent, digest):
+        if self._absent.is_fresh(digest):
             return False
         with storage_errors(path, "looking for"):
             # Opened, not looked up: an NFS client answers a look-up from its cache, also with No (for up to a minute).
@@ -105,7 +106,7 @@ class Blobs:
                         continue
                 else:
                     return True
-        self._note(self._absent, digest)
+        self._absent.note(digest, _ABSENT_S)
         return False
 
     @as_user
@@ -221,21 +222,19 @@ class Blobs:
         path = self.claims / f"{name}.claim"
         if not self.shared:
             return FlockClaim(path, self.user)
-        if self._is_fresh(self._busy, digest):
+        if self._busy.is_fresh(digest):
             raise InUse(f"another process or node is pulling {name}")
 
         def ended() -> None:
-            with self._lock:
-                self._absent.pop(digest, None)
-                self._busy.pop(digest, None)
+            self._absent.forget(digest)
+            self._busy.forget(digest)
 
         try:
             claim = HeartbeatClaim(path, self.user, self.watch, on_release=ended)
         except InUse:
-            self._note(self._busy, digest)
+            self._busy.note(digest, _ABSENT_S)
             raise
-        with self._lock:
-            self._absent.pop(digest, None)  # its former holder may have finished it in this second
+        self._absent.forget(digest)  # its former holder may have finished it in this second
         if claim.inherited:
             # Its holder may live and still write into the files that he has open; they must not become ours.
             self.drop_part(name)
@@ -246,9 +245,20 @@ class Blobs:
         return self.partial / f"{self.path(digest).name}.part"
 
     @as_user
-    def part_bytes(self, digest: str) -> int:
-        """Return how many bytes an unfinished pull has, as far as its writer has said so (0 without one)."""
-        return received_bytes(self.part_path(digest))
+    def part_bytes(self, digest: str, *, exact: bool = False) -> int:
+        """Return how many bytes an unfinished pull has, as far as its writer has said so (0 without one).
+
+        Of a shared directory the answer may be a few seconds old unless it has to be ``exact``.
+        """
+        if self.shared and not exact and self._measured.is_fresh(digest):
+            return self._parts.get(digest, 0)
+        found = received_bytes(self.part_path(digest))
+        if self.shared:
+            if len(self._parts) >= _MAX_PARTS:
+                self._parts.clear()
+            self._parts[digest] = found
+            self._measured.note(digest, _ABSENT_S)
+        return found
 
     @as_user
     def drop_part(self, name: str) -> int:
@@ -366,17 +376,6 @@ class Blobs:
         with storage_errors(self.root, "looking at the file system of"):
             room = os.statvfs(self.root)
         return room.f_bavail * room.f_frsize
-
-    def _is_fresh(self, noted: dict[str, float], digest: str) -> bool:
-        with self._lock:
-            return time.monotonic() - noted.get(digest, float("-inf")) < _ABSENT_S
-
-    def _note(self, noted: dict[str, float], digest: str) -> None:
-        now_s = time.monotonic()
-        with self._lock:
-            for old in [name for name, when_s in noted.items() if now_s - when_s >= _ABSENT_S]:
-                del noted[old]
-            noted[digest] = now_s
 
 
 def _open_blob(path: Path, digest: str) -> int:

@@ -42,6 +42,9 @@ _STALE_ATTEMPTS: Final = 8
 
 T = TypeVar("T")
 
+_given_up: Final[set[str]] = set()
+"""Tokens of claims that this process gave back while the file system did not let it remove them."""
+
 
 class Holder(NamedTuple):
     """The process that made a claim."""
@@ -200,9 +203,15 @@ class HeartbeatClaim:
             if self._released:
                 return
             self._released = True
-            if not self._lost and self._is_mine():
-                with suppress(OSError):
-                    self._path.unlink()
+            if not self._lost:
+                try:
+                    if self._is_mine():
+                        self._path.unlink()
+                except FileNotFoundError:
+                    pass
+                except OSError as error:
+                    log.warning("%s cannot be given back: %s", self._path, error.strerror)
+                    _given_up.add(self._token)
             with suppress(OSError):
                 os.close(self._fd)
         if self._on_release is not None:
@@ -236,7 +245,7 @@ class HeartbeatClaim:
         seen = look_at(self._path)
         if seen is None:
             return True
-        certain = seen.holder is not None and seen.holder.is_gone()
+        certain = seen.token in _given_up or (seen.holder is not None and seen.holder.is_gone())
         if not certain and watch.unchanged_s(str(self._path), seen.state) < STALE_S:
             return False
         # Moved before it is removed: of several who found it dead only one can have moved *this* file.

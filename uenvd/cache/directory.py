@@ -210,7 +210,7 @@ class Directory:
             raise
 
     def _make_room(self, descriptor: Descriptor) -> None:
-        needed = max(0, descriptor.size_bytes - self.blobs.part_bytes(descriptor.digest))
+        needed = max(0, descriptor.size_bytes - self.blobs.part_bytes(descriptor.digest, exact=True))
         room = self.room()
         if not room.excess_bytes(needed):
             return

@@ -8,9 +8,12 @@ before the last ``d``. Nothing of it makes a byte trusted as *right*: `commit` h
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +30,9 @@ REREAD_BYTES: Final = 1 << 20
 MAX_MAP_BYTES: Final = 64 << 20
 CHECK_CLAIM_BYTES: Final = 64 << 20
 """How much is written between two looks at the claim."""
+_CLOSE_S: Final = 0.05
+"""How long the end waits for writes that are under way; after that the last of them ends the rest."""
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MAGIC = "uenvd-map-1"
 
@@ -81,14 +87,21 @@ class Partial:
         # The kernel lets one writer at a time into a file, and the others spin: on two cores that costs more than the write.
         self._writing = threading.Lock()
         self._state = threading.Condition()
-        self._writers = 0
-        self._ended = False
+        self._writers: list[float] = []
+        """When each operation that is under way began, monotonic."""
+        self._ended = self._closed = False
         try:
             with self._user, storage_errors(path, "continuing"):
-                self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-                self._held, durable = _trusted(path, descriptor.size_bytes, os.fstat(self._fd).st_size)
-                if not self._held:
-                    os.ftruncate(self._fd, 0)
+                self._fd = _open_part(path)
+                found_bytes = os.fstat(self._fd).st_size
+                self._held, durable = _trusted(path, descriptor.size_bytes, found_bytes)
+                if not self._held and found_bytes:
+                    # Another file: somebody may still read verified bytes of this one.
+                    os.close(self._fd)
+                    path.unlink()
+                    self._fd = os.open(
+                        path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+                    )
                 self._begin_map(durable)
             self.resumed_bytes = self._held.total_bytes
             self._check_room()
@@ -133,6 +146,12 @@ class Partial:
         with self._state:
             return self._undurable_bytes
 
+    @property
+    def stuck_s(self) -> float:
+        """For how long the oldest operation that is under way has not returned; 0 while there is none."""
+        with self._state:
+            return time.monotonic() - min(self._writers) if self._writers else 0.0
+
     def catch_up(self, cancelled: Callable[[], bool] = never) -> None:
         """Hash what is there up to the first gap. `commit` does it too; here it can be cancelled between pieces of 1 MiB."""
         buffer = bytearray(REREAD_BYTES)
@@ -146,6 +165,23 @@ class Partial:
                     raise DigestMismatch(f"{self.path} became shorter while it was written")
                 self._hasher.update(view[:count])
                 self._hashed_bytes += count
+
+    def open_for_reader(self) -> int:
+        """Return a read-only descriptor of the file, which `commit` makes the blob: a lease on it as `Store.open` gives one on this node.
+
+        The caller closes it. What may be read of it is the caller's to know. Raises `StorageError`.
+        """
+        with self._using(), self._user, storage_errors(self.path, "opening"):
+            fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                with suppress(
+                    OSError
+                ):  # no locks in this file system: leases of a shared directory are files
+                    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BaseException:
+                os.close(fd)
+                raise
+            return fd
 
     def read_at(self, first: int, size_bytes: int) -> bytes:
         """Return bytes that are there. Raises `ValueError` for others, `StorageError`."""
@@ -172,8 +208,9 @@ class Partial:
             raise
 
     def write_at(self, first: int, data: bytes | bytearray | memoryview) -> None:
-        """Write bytes at their place in the blob. Raises `StorageFull`, `StorageError`, `InUse` (the claim was lost, or after the end).
+        """Write bytes at their place in the blob, but none that is there already: it may have been hashed.
 
+        Raises `StorageFull`, `StorageError`, `InUse` (the claim was lost, or after the end).
         When there is no room the end, whichever it is, removes the file: it would keep the others from theirs.
         """
         end = first + len(data)
@@ -183,18 +220,23 @@ class Partial:
             )
         with self._using():
             self._check_claim(len(data))
-            try:
-                view, at = memoryview(data), first
-                with self._writing:
-                    while view:
-                        count = os.pwrite(self._fd, view, at)
-                        view, at = view[count:], at + count
-            except OSError as error:
-                raise self._failed(error, "writing") from error
-            with self._state:
-                self._held.add(first, end)
-                self._undurable_bytes += len(data)
-                self._note(first, end)
+            with self._writing:
+                with self._state:
+                    gaps = list(self._held.gaps(first, end))
+                for at, stop in gaps:
+                    self._write_all(memoryview(data)[at - first : stop - first], at)
+                    with self._state:
+                        self._held.add(at, stop)
+                        self._undurable_bytes += stop - at
+                        self._note(at, stop)
+
+    def _write_all(self, view: memoryview, at: int) -> None:
+        try:
+            while view:
+                count = os.pwrite(self._fd, view, at)
+                view, at = view[count:], at + count
+        except OSError as error:
+            raise self._failed(error, "writing") from error
 
     def discard(self, first: int, end: int) -> None:
         """Forget bytes that turned out to be wrong, so that they are fetched again."""
@@ -228,7 +270,10 @@ class Partial:
     # -- the end
 
     def commit(self) -> None:
-        """Check size and digest of the whole, make it durable and give it its name. Raises `DigestMismatch` after removing it."""
+        """Check size and digest of the whole, make it durable and give it its name.
+
+        Raises `DigestMismatch` after removing it, `InUse` when a successor removed it.
+        """
         self.catch_up()
         found = f"sha256:{self._hasher.hexdigest()}"
         size = self.offset_bytes
@@ -244,12 +289,37 @@ class Partial:
                 os.ftruncate(self._fd, size)
                 os.fchmod(self._fd, 0o644)
                 os.fsync(self._fd)
-                self.path.rename(self._target)
-                sync_directory(self._target.parent)
+                self._publish()
                 with suppress(OSError):
                     map_of(self.path).unlink()
         finally:
             self._close()
+
+    def _publish(self) -> None:
+        """Give the open file its name. Not whatever has the name of the part now: a node that slept since it looked at its claim has lost it."""
+        parent = os.open(self._target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # With a directory's descriptor os.link follows the link in /proc, as linkat(2) recommends (AT_SYMLINK_FOLLOW).
+            os.link(f"/proc/self/fd/{self._fd}", self._target.name, dst_dir_fd=parent)
+        except FileExistsError:
+            pass  # verified bytes with this digest, which somebody may be reading
+        except OSError as error:
+            if os.fstat(self._fd).st_nlink == 0 or error.errno == errno.ESTALE:
+                raise InUse(f"{self.path.name} was removed by a successor") from None
+            if error.errno not in _NO_LINKS:
+                raise
+            self.path.rename(self._target)
+        else:
+            with suppress(OSError):
+                if self._is_mine():
+                    self.path.unlink()
+        finally:
+            os.close(parent)
+        sync_directory(self._target.parent)
+
+    def _is_mine(self) -> bool:
+        named, mine = self.path.stat(follow_symlinks=False), os.fstat(self._fd)
+        return (named.st_dev, named.st_ino) == (mine.st_dev, mine.st_ino)
 
     def keep(self) -> None:
         """End and leave the bytes for a later `Store.begin`; remove them if the disk was full. Does nothing after an end."""
@@ -266,15 +336,25 @@ class Partial:
             # Unlinked under the claim: nobody else can have opened it as theirs.
             with suppress(OSError, InUse), self._user:
                 self._claim.check()
-                self.path.unlink()
+                if self._is_mine():
+                    self.path.unlink()
                 map_of(self.path).unlink()
             self._close()
 
     def _close(self) -> None:
         with self._state:
             self._ended = True
-            while self._writers:
-                self._state.wait()
+            end_s = time.monotonic() + _CLOSE_S
+            while self._writers and (left_s := end_s - time.monotonic()) > 0:
+                self._state.wait(left_s)
+        self._finish()
+
+    def _finish(self) -> None:
+        """Give everything back, unless somebody is still writing: he does it then, and until then the claim holds."""
+        with self._state:
+            if self._writers or self._closed or not self._ended:
+                return
+            self._closed = True
             fds, self._fd, self._map_fd = (self._fd, self._map_fd), -1, -1
         for fd in fds:
             if fd >= 0:
@@ -348,24 +428,39 @@ class Partial:
 class _Using:
     """Keeps the descriptors of a `Partial` open inside the ``with`` block. A class of its own: it is entered for each write."""
 
-    __slots__ = ("_partial",)
+    __slots__ = ("_began_s", "_partial")
 
     def __init__(self, partial: Partial) -> None:
         self._partial = partial
 
     def __enter__(self) -> None:
         partial = self._partial
+        self._began_s = time.monotonic()
         with partial._state:
             if partial._ended:
                 raise InUse(f"the transfer of {partial.descriptor.digest} has ended")
-            partial._writers += 1
+            partial._writers.append(self._began_s)
 
     def __exit__(self, *_exc: object) -> None:
         partial = self._partial
         with partial._state:
-            partial._writers -= 1
+            partial._writers.remove(self._began_s)
+            last = partial._ended and not partial._writers
             if not partial._writers:
                 partial._state.notify_all()
+        if last:
+            partial._finish()
+
+
+def _open_part(path: Path) -> int:
+    """Open the file of a part. One that is a blob already (a crash between the two names of `Partial.commit`) is left alone. Raises OSError."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        if os.fstat(fd).st_nlink <= 1:
+            return fd
+        os.close(fd)
+        with suppress(FileNotFoundError):
+            path.unlink()
 
 
 def map_of(path: Path) -> Path:

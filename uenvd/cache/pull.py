@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from uenvd.cache.partial import Partial
 from uenvd.cache.store import Store
 from uenvd.cache.transfer import Transfer, Tuning
 from uenvd.errors import Cancelled, DigestMismatch, InUse
@@ -27,12 +28,15 @@ def pull_blob(
     progress: Progress,
     cancelled: Callable[[], bool],
     tuning: Tuning | None = None,
+    prepare: Callable[[Partial], object] | None = None,
 ) -> None:
     """Return once the blob is in the store. Does nothing if it is there.
 
     What an interrupted pull left is hashed again and continued. While another process pulls the same blob this one follows it,
     and takes over when that one gives up. ``progress(done_bytes, total_bytes)`` is called at most ten times a second and at
     the end; ``cancelled()`` is looked at at least every 0.1 s and leaves what came so far for a later pull.
+
+    ``prepare`` may write into the part what is known of the blob otherwise, right or wrong; it is called once.
 
     Raises what `Transfer.run` does, and `DigestMismatch` (nothing is kept). Bytes that an earlier pull left, or a mirror had, and that
     turn out to be wrong, are fetched once more from the registry itself.
@@ -49,6 +53,9 @@ def pull_blob(
                 # Committed by somebody between our look and our claim.
                 partial.abort()
                 break
+            if prepare is not None:
+                prepare(partial)
+                prepare = None
             transfer = Transfer(remote, repository, descriptor, partial, tuning=tuning)
             try:
                 transfer.run(progress=progress, cancelled=cancelled)
@@ -56,7 +63,7 @@ def pull_blob(
             except InUse as error:
                 log.warning("%s: %s", descriptor.digest, error)
             except DigestMismatch as error:
-                doubtful = partial.resumed_bytes > 0 or transfer.used_mirror
+                doubtful = transfer.resumed_bytes > 0 or transfer.used_mirror
                 partial.abort()
                 if not doubtful:
                     raise

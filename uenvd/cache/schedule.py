@@ -11,6 +11,8 @@ from uenvd.cache.ranges import Ranges
 
 MIN_PIECE_BYTES: Final = 4 << 20
 URGENT_PIECE_BYTES: Final = 4 << 20
+HINT_PIECE_BYTES: Final = 2 << 20
+"""Small, because a demand may have to wait for the end of one."""
 CUT_BYTES: Final = 256 << 10
 """A demand for what a connection brings anyway within so many bytes waits for it."""
 
@@ -22,6 +24,8 @@ class Task:
     at: int
     end: int
     urgent: bool = False
+    hurry_until: int = 0
+    """Up to here somebody waits for what is on its way already: this connection must not give way to others."""
 
 
 class Schedule:
@@ -41,6 +45,7 @@ class Schedule:
         self._connections = connections
         self._tasks: list[Task] = []
         self._demands: deque[tuple[int, int]] = deque()
+        self._hints: deque[tuple[int, int]] = deque()
 
     @property
     def complete(self) -> bool:
@@ -60,21 +65,27 @@ class Schedule:
         if self.held.covers(first, end):
             return
         for task in self._tasks:
-            if not task.urgent and task.at + CUT_BYTES < first < task.end:
+            if task.urgent or not first < task.end or not task.at < end:
+                continue
+            if task.at + CUT_BYTES < first:
                 task.end = first
+            else:
+                task.hurry_until = max(task.hurry_until, end)
         self._demands.append((first, end))
+
+    def hint(self, first: int, end: int) -> None:
+        """Fetch bytes after what is demanded and before all others, also with ``fill`` false."""
+        first, end = max(0, first), min(end, self.size_bytes)
+        if first < end:
+            self._hints.append((first, end))
 
     def take(self, *, urgent_only: bool = False) -> Task | None:
         """Return the next bytes to fetch; None when everything is on disk or on its way. Pair with `give_back`."""
-        while self._demands:
-            first, end = self._demands[0]
-            if self.held.covers(first, end):
-                self._demands.popleft()
-                continue
-            gap = next(self._missing(first, end), None)
-            if gap is None:
-                break  # on its way
-            return self._begin(gap[0], min(gap[1], gap[0] + URGENT_PIECE_BYTES), urgent=True)
+        task = self._take_from(self._demands, URGENT_PIECE_BYTES, urgent=True)
+        if task is None:
+            task = self._take_from(self._hints, HINT_PIECE_BYTES, urgent=False)
+        if task is not None:
+            return task
         if urgent_only or not self.fill:
             return None
         gap = next(self._missing(0, self.size_bytes), None)
@@ -83,6 +94,16 @@ class Schedule:
         left = self.size_bytes - self.held.total_bytes - sum(task.end - task.at for task in self._tasks)
         piece = min(self._piece_bytes, max(MIN_PIECE_BYTES, left // (2 * self._connections)))
         return self._begin(gap[0], min(gap[1], gap[0] + piece), urgent=False)
+
+    def _take_from(self, wishes: deque[tuple[int, int]], piece_bytes: int, *, urgent: bool) -> Task | None:
+        """Begin with the first of these bytes that are neither here nor on their way; forget those that are here."""
+        while wishes and self.held.covers(*wishes[0]):
+            wishes.popleft()
+        for first, end in wishes:
+            gap = next(self._missing(first, end), None)
+            if gap is not None:
+                return self._begin(gap[0], min(gap[1], gap[0] + piece_bytes), urgent=urgent)
+        return None
 
     def written(self, first: int, end: int) -> None:
         """Note that bytes are on disk."""

@@ -15,10 +15,10 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from uenvd.cache.directory import PART_KEPT_S, UNUSED_KEPT_S, Directory
 from uenvd.cache.identity import CacheUser
@@ -35,7 +35,13 @@ __all__ = ["PART_KEPT_S", "UNUSED_KEPT_S", "Level", "Store"]
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _TROUBLE_LOG_S: Final = 60.0
+HUNG_S: Final = 10.0
+"""A directory in which a look-up has taken so long is not asked again before it ends."""
+_HUNG_BEGIN_S: Final = 120.0
+"""The same for the beginning of a pull, which may remove images first."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class Store:
         self._pulled_into: tuple[Directory, ...] = tuple(reversed(writable))
         self.memory: RegistryMemory = self._writable[0].memory
         self._trouble: dict[Path, float] = {}
+        self._calls: dict[Path, list[float]] = {one.root: [] for one in self.directories}
+        """When each call that is under way should have ended, monotonic."""
 
     @classmethod
     def from_config(cls, settings: CacheConfig, node: str) -> Store:
@@ -146,17 +154,16 @@ class Store:
 
     def present(self, digests: Iterable[str]) -> set[str]:
         """Return which of many blobs are here; for lists."""
-        wanted, found = set(digests), set[str]()
-        for directory in self.directories:
-            found |= directory.blobs.present(wanted - found)
-        return found
+        wanted = set(digests)
+        return {digest for here in self._each(lambda one: one.blobs.present(wanted)) for digest in here}
 
     def open(self, digest: str) -> int:
         """Return a read-only descriptor of a blob; it is a lease (see the module). The caller closes it. Raises `NotFound`."""
         failure: UenvError = NotFound(f"the blob {digest} is not in the cache")
         for directory in self.directories:
             try:
-                return directory.blobs.open(digest)
+                with self._asking(directory):
+                    return directory.blobs.open(digest)
             except NotFound:
                 continue
             except StorageError as error:
@@ -177,7 +184,8 @@ class Store:
         failure: StorageError | None = None
         for directory in self._pulled_into:
             try:
-                return directory.begin(descriptor)
+                with self._asking(directory, _HUNG_BEGIN_S):
+                    return directory.begin(descriptor)
             except StorageError as error:
                 failure = failure or error
                 if directory is not self._pulled_into[-1]:
@@ -187,7 +195,11 @@ class Store:
 
     def part_bytes(self, digest: str) -> int:
         """Return how many bytes an unfinished pull of the blob has (0 without one)."""
-        return max(directory.blobs.part_bytes(digest) for directory in self._writable)
+        found = 0
+        for directory in self._writable:
+            with suppress(StorageError), self._asking(directory):
+                found = max(found, directory.blobs.part_bytes(digest))
+        return found
 
     def verify(self, digest: str) -> None:
         """Read a blob again; a damaged one is put aside. Raises `DigestMismatch`, `NotFound`."""
@@ -278,11 +290,11 @@ class Store:
 
     def manifest(self, digest: str) -> Manifest | None:
         """Return a manifest of the cache; None if it is not here (or damaged)."""
-        return next((found for one in self.directories if (found := one.manifest(digest))), None)
+        return next((found for found in self._each(lambda one: one.manifest(digest)) if found), None)
 
     def config(self, manifest: Manifest) -> bytes | None:
         """Return the config blob of a manifest; None if it is not here (or damaged)."""
-        found = (one.config(manifest) for one in self.directories)
+        found = self._each(lambda one: one.config(manifest))
         return next((config for config in found if config is not None), None)
 
     def images(self, *, complete_only: bool = True) -> list[CachedImage]:
@@ -291,29 +303,36 @@ class Store:
         Only those whose squashfs blob is here, unless told otherwise.
         """
         found: dict[tuple[str, str], CachedImage] = {}
-        for image in self._each_image():
-            key = (image.repository, image.manifest_digest)
-            known = found.get(key)
-            found[key] = image if known is None else known.merged(image)
+        for images in self._each(lambda one: one.images(complete_only=False), _HUNG_BEGIN_S):
+            for image in images:
+                key = (image.repository, image.manifest_digest)
+                known = found.get(key)
+                found[key] = image if known is None else known.merged(image)
         kept = [image for image in found.values() if image.complete or not complete_only]
         return sorted(kept, key=lambda image: (image.repository, image.manifest_digest))
 
-    def _each_image(self) -> Iterator[CachedImage]:
+    def _each(self, ask: Callable[[Directory], T], patience_s: float | None = None) -> Iterator[T]:
+        """Yield what each directory answers that is in order; of a single one also the error."""
         for directory in self.directories:
             try:
-                yield from directory.images(complete_only=False)
+                with self._asking(directory, patience_s):
+                    answer = ask(directory)
             except StorageError as error:
                 if len(self.directories) == 1:
                     raise
                 self._note_trouble(directory, error)
+            else:
+                yield answer
 
     def repositories_of(self, manifest_digest: str) -> set[str]:
         """Return the repositories in which a manifest was seen."""
-        return {name for one in self.directories for name in one.repositories_of(manifest_digest)}
+        return {
+            name for names in self._each(lambda one: one.repositories_of(manifest_digest)) for name in names
+        }
 
     def image(self, manifest_digest: str) -> CachedImage | None:
         """Return one image by the digest of its manifest, complete or not, as the first repository has it."""
-        found = [image for one in self.directories if (image := one.image(manifest_digest)) is not None]
+        found = [image for image in self._each(lambda one: one.image(manifest_digest)) if image is not None]
         return max(found, key=lambda image: image.complete, default=None)
 
     def pin(self, manifest_digest: str, pinned: bool = True) -> None:
@@ -375,13 +394,33 @@ class Store:
     def _holder(self, digest: str) -> Directory | None:
         for directory in self.directories:
             try:
-                if directory.blobs.has(digest):
-                    return directory
+                with self._asking(directory):
+                    if directory.blobs.has(digest):
+                        return directory
             except StorageError as error:
                 if len(self.directories) == 1:
                     raise
                 self._note_trouble(directory, error)
         return None
+
+    @contextmanager
+    def _asking(self, directory: Directory, patience_s: float | None = None) -> Iterator[None]:
+        """Do something in a directory, unless an earlier call hangs there: a file system whose server is gone would take thread after thread.
+
+        Raises `StorageError` at once then.
+        """
+        calls = self._calls[directory.root]
+        now_s = time.monotonic()
+        if any(due_s < now_s for due_s in tuple(calls)):
+            raise StorageError(
+                f"{directory.root}: the file system does not answer",
+                hint="see whether its server is up; nothing has to be restarted when it is back",
+            )
+        calls.append(due_s := now_s + (HUNG_S if patience_s is None else patience_s))
+        try:
+            yield
+        finally:
+            calls.remove(due_s)
 
     def _note_trouble(self, directory: Directory, error: StorageError) -> None:
         """Log trouble with one directory that another one makes up for, at most once a minute."""

@@ -28,6 +28,7 @@ from uenvd.errors import (
     InUse,
     RegistryDenied,
     RegistryUnreachable,
+    StorageError,
     UenvError,
 )
 from uenvd.oci.manifest import Descriptor
@@ -55,7 +56,12 @@ URGENT_CONNECTIONS: Final = 2
 YIELD_S: Final = 5.0
 """How long the background lets demanded bytes go first before it takes its turn."""
 _TICK_S: Final = 0.1
-_END_S: Final = 0.3
+_LOOK_S: Final = 0.05
+"""How late a cancellation may be noticed."""
+_END_S: Final = 0.15
+"""How long the end waits for threads; they cannot write any more."""
+STUCK_S: Final = 120.0
+"""How long the file system may take for one operation."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,10 @@ class Transfer:
         arrived: Arrived | None = None,
         fill: bool = True,
     ) -> None:
+        self.resumed_bytes = partial.held_bytes
+        """How many bytes were there before."""
+        self.trouble = ""
+        """Why bytes do not come at the moment; empty while they do."""
         self.used_mirror = False
         """Whether bytes came from a mirror, which nobody vouches for but the digest."""
         self._remote = remote
@@ -131,7 +141,7 @@ class Transfer:
     def run(self, *, progress: Progress = no_progress, cancelled: Callable[[], bool] = never) -> None:
         """Return when every byte is on disk and hashed. ``progress`` is called at most ten times a second.
 
-        Raises `Cancelled` (also after `stop`) within 0.4 s, `RegistryUnreachable`, `RegistryDenied`, `NotFound`, `RegistryError`,
+        Raises `Cancelled` (also after `stop`) within 0.3 s, `RegistryUnreachable`, `RegistryDenied`, `NotFound`, `RegistryError`,
         `DigestMismatch` (a size is wrong), `StorageFull`, `StorageError`, `InUse` (the claim on the blob was lost).
         """
         self._start(self._hash, "hash")
@@ -140,10 +150,20 @@ class Transfer:
             self._start(self._work, "fetch")
         total = self._descriptor.size_bytes
         try:
-            while not self._ended.wait(REPORT_S):
+            reported_s = time.monotonic()
+            while not self._ended.wait(_LOOK_S):
                 if cancelled():
                     break
-                progress(self.done_bytes, total)
+                if (now_s := time.monotonic()) - reported_s >= REPORT_S:
+                    reported_s = now_s
+                    progress(self.done_bytes, total)
+                if self._partial.stuck_s > STUCK_S:
+                    self._fail(
+                        StorageError(
+                            f"{self._partial.path}: the file system has not answered for {STUCK_S:g} s",
+                            hint="see whether the server of the cache's file system is up",
+                        )
+                    )
         finally:
             self.stop()
             end = time.monotonic() + _END_S
@@ -165,6 +185,16 @@ class Transfer:
         if start:
             for _ in range(URGENT_CONNECTIONS):
                 self._start(self._work_urgent, "demand")
+
+    def hint(self, first_byte: int, end_byte: int) -> None:
+        """Fetch these bytes after what is demanded, before all others, also while the rest is not fetched yet."""
+        with self._state:
+            self._schedule.hint(first_byte, end_byte)
+            self._state.notify_all()
+
+    def distrust_mirrors(self) -> None:
+        """Ask the place itself from now on: a mirror had wrong bytes."""
+        self._remote = self._remote.without_mirrors()
 
     def has(self, first_byte: int, end_byte: int) -> bool:
         """Tell whether these bytes are on disk."""
@@ -290,6 +320,7 @@ class Transfer:
                 self._attempt(task, buffer)
                 self._went_well()
             except (RegistryUnreachable, RegistryDenied) as error:
+                self.trouble = error.message
                 gained = task.at - before
                 failures = 1 if gained >= GAIN_BYTES else failures + 1
                 # Who was served before may be refused by a token that is withdrawn at this moment; not twice.
@@ -320,7 +351,7 @@ class Transfer:
         rate = _Rate(self._tuning.min_rate_bytes_per_s)
         with self._recording() as note:
             while at < min(end, task.end) and not self._over:
-                if not task.urgent:
+                if not task.urgent and at >= task.hurry_until:
                     self._give_way(rate)
                 count = blob.readinto(buffer[: end - at])
                 rate.gained(count)
@@ -413,6 +444,7 @@ class Transfer:
                 self._state.wait(min(left, _TICK_S))
 
     def _went_well(self) -> None:
+        self.trouble = ""
         with self._state:
             self._pace.served()
 

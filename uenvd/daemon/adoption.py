@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,6 +24,7 @@ from uenvd.handover import SLOTS_PER_WORKER, Duty, Message, SupervisorState, Wor
 
 log = logging.getLogger(__name__)
 
+_TRY_AGAIN_S: Final = 0.02
 _DEVICE: Final = os.makedev(10, 229)
 """``/dev/fuse`` (Linux Documentation/admin-guide/devices.txt). Its name depends on the mount namespace, which may be gone."""
 
@@ -90,12 +92,23 @@ async def find(
 async def _adopt(
     directory: ImageDirectory, name: str, stored: dict[str, int], *, resend: bool
 ) -> Adopted | None:
-    connected = directory.connect(name)
-    if connected is None:
-        adopted = _from_store(directory, name, stored, resend=resend)
-        if adopted is None:
-            directory.forget(name)
-        return adopted
+    while True:
+        try:
+            connected = directory.connect(name)
+            if connected is not None:
+                return await _ask(connected, name)
+            break
+        except (OSError, EOFError):
+            # The backlog is full for a moment, or who accepted has died since: somebody takes over, or nobody listens any more.
+            await trio.sleep(_TRY_AGAIN_S)
+    adopted = _from_store(directory, name, stored, resend=resend)
+    if adopted is None:
+        directory.forget(name)
+    return adopted
+
+
+async def _ask(connected: socket.socket, name: str) -> Adopted:
+    """Take over from a supervisor that listens. Raises `OSError`, `EOFError` when it ends meanwhile, `ProtocolError`."""
     channel = trio.socket.from_stdlib_socket(connected)
     descriptors: list[int] = []
     try:
@@ -105,6 +118,8 @@ async def _adopt(
             if message.op == "state" and "duty" in message.fields:
                 break
             _close_all(descriptors)
+            if message.op == "refused":
+                raise ProtocolError(f"it refuses: {message.fields.get('why')}")
         duty = Duty.from_wire(message.fields["duty"])
         state = SupervisorState.from_wire(message.fields.get("state", {}))
         named = dict(zip(message.descriptors, descriptors, strict=True))

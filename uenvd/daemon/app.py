@@ -25,6 +25,7 @@ from uenvd.config import Config
 from uenvd.daemon import adoption, exporter
 from uenvd.daemon.catalogue import Catalogue
 from uenvd.daemon.control import ControlServer
+from uenvd.daemon.lazy import Lazies
 from uenvd.daemon.mounter import Mounter
 from uenvd.daemon.notify import Inherited, Notifier, inherited
 from uenvd.daemon.peer import Identity
@@ -89,18 +90,20 @@ async def _serve(
         await mounter.start()
         async with trio.open_nursery() as nursery:
             pulls = Pulls(nursery, store, config.pull)
+            lazies = Lazies(nursery, store, pulls, remote, config.pull)
             servers = Servers(
                 nursery,
                 config.serving,
                 directory=directory,
                 mounter=mounter,
                 notifier=notifier,
-                open_blob=lambda digest: trio.to_thread.run_sync(store.open, digest),
+                open_blob=lazies.open,
             )
             served = ServedImages(
                 nursery,
                 store=store,
                 pulls=pulls,
+                lazies=lazies,
                 mounter=mounter,
                 servers=servers,
                 worker_identity=worker,

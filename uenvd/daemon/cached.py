@@ -10,7 +10,7 @@ import trio
 from uenvd import protocol
 from uenvd.cache.store import Store
 from uenvd.config import Config
-from uenvd.daemon import resolution
+from uenvd.daemon import disk, resolution
 from uenvd.daemon.access import Access
 from uenvd.daemon.control import Answer, Connection
 from uenvd.daemon.peer import Identity, identity_of
@@ -45,7 +45,7 @@ class Cached:
         """Answer `images`: those that the user may use."""
         wanted = parse_namespaced_label(request.uenv)
         wanted = wanted._replace(system=wanted.system or self._config.system)
-        stored = await trio.to_thread.run_sync(self._stored_images)
+        stored = await disk.call(self._stored_images)
         permit = await self._access.permit(await user_of(connection, request))
         matching = [
             (image, pinned)
@@ -63,15 +63,15 @@ class Cached:
             raise AccessDenied("only root may evict images from the node's cache")
         stored = await self._stored(request)
         await self._served.let_go(stored)
-        await trio.to_thread.run_sync(self._store.give_back, stored, open_here)
-        freed = await trio.to_thread.run_sync(self._store.evict, stored)
+        await disk.call(self._store.give_back, stored, open_here)
+        freed = await disk.call(self._store.evict, stored, deadline_s=disk.CHANGE_S)
         return Answer(protocol.success(freed_bytes=freed))
 
     async def pin(self, connection: Connection, request: Request) -> Answer:
         """Answer `pin`, for root only. Raises `NotFound`."""
         if not connection.peer.is_root:
             raise AccessDenied("only root may pin images in the node's cache")
-        await trio.to_thread.run_sync(self._store.pin, await self._stored(request), request.pin)
+        await disk.call(self._store.pin, await self._stored(request), request.pin, deadline_s=disk.CHANGE_S)
         return Answer(protocol.success())
 
     def _stored_images(self) -> list[tuple[Image, bool]]:
@@ -96,7 +96,7 @@ class Cached:
         if label.digest is not None:
             return label.digest
         wanted = label._replace(system=label.system or self._config.system)
-        stored = await trio.to_thread.run_sync(self._stored_images)
+        stored = await disk.call(self._stored_images)
         matching = [image.found for image, _pinned in stored if wanted.matches(image.found.label)]
         return resolution.choose(label, matching, {}).digest
 
@@ -104,7 +104,7 @@ class Cached:
 async def records(store: Store, listed: Sequence[Listed]) -> list[dict[str, Any]]:
     """Return the wire form of a list of images, with what of them is in the cache."""
     digests = {one.layer_digest for one in listed}
-    cached = await trio.to_thread.run_sync(store.present, digests)
+    cached = await disk.call(store.present, digests)
     return [_record(one, cached=one.layer_digest in cached) for one in listed]
 
 

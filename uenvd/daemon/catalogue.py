@@ -11,6 +11,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
@@ -18,11 +19,12 @@ import trio
 
 from uenvd.cache.store import Store
 from uenvd.config import Config
-from uenvd.daemon import resolution
+from uenvd.daemon import disk, resolution
 from uenvd.daemon.membership import Membership
 from uenvd.daemon.metrics import METRICS
 from uenvd.daemon.question import Image, Question, listed_image, make_image
 from uenvd.daemon.resolution import Found, Listed, Repository
+from uenvd.daemon.signed import Signatures
 from uenvd.errors import (
     AccessDenied,
     ManifestError,
@@ -53,6 +55,9 @@ _REGISTRY_THREADS: Final = 16
 _QUIET_S: Final = 3.0
 """After a failure the registry is left alone for this long."""
 _ATTACHED_TTL_S: Final = 3600.0
+_ADVICE_S: Final = 1.0
+_NOTE_S: Final = 2.0
+"""What may be lost on advice that no job depends on."""
 _MAX_MANIFESTS: Final = 512
 _MAX_ANSWERS: Final = 20_000
 _REWRITE_S: Final = 3600.0
@@ -71,6 +76,7 @@ class Catalogue:
         self._manifests: OrderedDict[str, tuple[Manifest, bytes | None]] = OrderedDict()
         self._answers: OrderedDict[tuple[str, str], tuple[Any, float]] = OrderedDict()
         self._membership = Membership(remote, store)
+        self._signatures = Signatures(config.signatures, store)
         self._quiet_until = float("-inf")
         self._failure: UenvError | None = None
 
@@ -97,7 +103,7 @@ class Catalogue:
         Raises `LabelError`, `UnknownLabel`, `AmbiguousLabel`, `AccessDenied`, or the registry's error when nothing is remembered.
         """
         if asked.name is None and asked.digest is not None:
-            asked = await trio.to_thread.run_sync(self._label_of, asked.digest)
+            asked = await disk.call(self._label_of, asked.digest)
         resolution.need_name(asked)
         wanted = self._complete(asked)
         known: dict[str, Sequence[str]] = {}
@@ -115,8 +121,10 @@ class Catalogue:
                     question.permit.require(repository.label)
             known |= await self._others(wanted, question)
         image = await self.image(resolution.choose(asked, found, known), question)
-        self._warn(image.found, question)
-        await trio.to_thread.run_sync(self._note, image)
+        await self._signatures.require(self, image, question)
+        await self._warn(image.found, question)
+        with suppress(StorageError):  # a favour, for the time after a restart
+            await disk.call(self._note, image, deadline_s=_NOTE_S)
         return image
 
     def _label_of(self, digest: str) -> Label:
@@ -132,10 +140,12 @@ class Catalogue:
             )
         return repository.label._replace(tag=next(iter(cached.tags), None), digest=digest)
 
-    def _warn(self, found: Found, question: Question) -> None:
-        """Tell the user of a deprecation, if that is known already: it is not worth a question to the registry."""
+    async def _warn(self, found: Found, question: Question) -> None:
+        """Tell the user of a deprecation, with date and successor. What the registry does not say soon is not waited for."""
         label = found.repository.label
-        index, _when_s = self._answers.get(("index", f"{label.namespace}/{label.system}"), (None, 0.0))
+        asked = Question(min(question.deadline_s, trio.current_time() + _ADVICE_S), refresh=False)
+        asked.remembered_only = question.remembered_only
+        index = await self._index(label, asked)
         entry = index.entries.get((found.repository.path, found.digest)) if index is not None else None
         if entry is not None and entry.deprecated:
             question.note(f"{found.label._replace(namespace=None)} is deprecated: {entry.deprecated}")
@@ -403,7 +413,7 @@ class Catalogue:
     async def _manifest(
         self, repository: str, digest: str, question: Question
     ) -> tuple[Manifest, bytes | None]:
-        kept = self._manifests.get(digest) or await trio.to_thread.run_sync(self._stored, digest)
+        kept = self._manifests.get(digest) or await disk.call(self._stored, digest)
         if kept is None:
 
             def ask() -> tuple[Manifest, bytes | None]:
@@ -440,7 +450,7 @@ class Catalogue:
     ) -> T:
         known: tuple[T, float] | None = self._answers.get(key)
         if known is None:
-            known = await trio.to_thread.run_sync(recall)
+            known = await disk.call(recall)
         now_s = time.time()
         if known is not None:
             question.oldest_s = max(question.oldest_s or 0.0, now_s - known[1])
@@ -462,7 +472,7 @@ class Catalogue:
         if known is None and not answer:
             return answer  # names that somebody made up do not fill the disk
         if known is None or known[0] != answer or now_s - known[1] > _REWRITE_S:
-            await trio.to_thread.run_sync(remember, answer, now_s)
+            await disk.call(remember, answer, now_s)
         return answer
 
     async def _ask(self, question: Question, ask: Callable[[], T]) -> T:

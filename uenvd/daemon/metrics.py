@@ -254,7 +254,7 @@ class Metrics:
         )
         self.takeovers = Counter(
             "uenvd_takeovers_total",
-            "What went on in spite of a death: worker (by a successor) or daemon (images adopted).",
+            "What went on in spite of a death: worker, supervisor (by a successor) or daemon (images adopted).",
             ("what",),
         )
 

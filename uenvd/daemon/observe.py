@@ -17,6 +17,7 @@ import trio
 
 from uenvd import protocol
 from uenvd.cache.store import Store
+from uenvd.daemon import disk
 from uenvd.daemon.control import Answer, Connection
 from uenvd.daemon.journal import Journal, Used, now_s
 from uenvd.daemon.leases import Lease, Leases
@@ -65,7 +66,7 @@ class Observer:
             if not isinstance(source, BlobSource):
                 how = "file"
             elif served in fresh:
-                here = await trio.to_thread.run_sync(self._store.has, source.image.layer.digest)
+                here = await disk.call(self._store.has, source.image.layer.digest)
                 how = "cached" if here else "pulled"
             else:
                 how = "served" if served.state == "serving" else "joined"
@@ -101,7 +102,7 @@ class Observer:
         used: float
         free: float
         try:
-            used, free = await trio.to_thread.run_sync(self._store.usage)
+            used, free = await disk.call(self._store.usage)
         except UenvError:  # the cache is away: its size is not known, all else is
             used = free = float("nan")
         self._metrics.cache_bytes.set(used)

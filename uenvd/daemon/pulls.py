@@ -21,8 +21,10 @@ from uenvd.cache.pull import pull_blob
 from uenvd.cache.store import Store
 from uenvd.cache.transfer import Tuning
 from uenvd.config import PullConfig
+from uenvd.daemon import disk
 from uenvd.daemon.metrics import METRICS, result_of
 from uenvd.daemon.question import Image
+from uenvd.daemon.reuse import reuse_blocks
 from uenvd.errors import Cancelled, UenvError
 from uenvd.oci.manifest import Descriptor
 from uenvd.oci.remote import Remote
@@ -93,7 +95,7 @@ class Pulls:
             previous = self._running.get(descriptor.digest)
             self._running[descriptor.digest] = pull
             tuning = Tuning(connections or self._settings.connections, self._settings.piece_bytes)
-            self._nursery.start_soon(self._run, pull, previous, remote, image.found.repository.path, tuning)
+            self._nursery.start_soon(self._run, pull, previous, remote, image, tuning)
         pull.waiters += 1
         try:
             yield pull
@@ -119,7 +121,7 @@ class Pulls:
 
     async def _prefetch(self, remote: Remote, image: Image) -> None:
         try:
-            if await trio.to_thread.run_sync(self._store.has, image.layer.digest):
+            if await disk.call(self._store.has, image.layer.digest):
                 return
             async with self.join(remote, image, connections=1) as pull:
                 await pull.ended.wait()
@@ -141,12 +143,12 @@ class Pulls:
             image.raw_config,
             tag=found.tag,
         )
-        await trio.to_thread.run_sync(work)
+        await disk.call(work, deadline_s=disk.CHANGE_S)
 
     async def _run(
-        self, pull: Pull, previous: Pull | None, remote: Remote, repository: str, tuning: Tuning
+        self, pull: Pull, previous: Pull | None, remote: Remote, image: Image, tuning: Tuning
     ) -> None:
-        digest = pull.descriptor.digest
+        digest, repository = pull.descriptor.digest, image.found.repository.path
         try:
             if previous is not None:
                 await previous.ended.wait()
@@ -161,6 +163,7 @@ class Pulls:
                 progress=pull.report,
                 cancelled=lambda: pull.cancelled,
                 tuning=tuning,
+                prepare=lambda part: reuse_blocks(remote, image, self._store, part, lambda: pull.cancelled),
             )
             try:
                 await trio.to_thread.run_sync(work, limiter=self._limiter, abandon_on_cancel=True)

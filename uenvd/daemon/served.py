@@ -26,14 +26,16 @@ from typing import Final
 import trio
 
 from uenvd.cache.store import Store
+from uenvd.daemon import disk
 from uenvd.daemon.adoption import Adopted
+from uenvd.daemon.lazy import Lazies, Lazy
 from uenvd.daemon.metrics import METRICS
 from uenvd.daemon.mounter import Mounter
 from uenvd.daemon.peer import Identity
 from uenvd.daemon.pulls import Pulls
-from uenvd.daemon.question import Image
-from uenvd.daemon.resolution import Repository
-from uenvd.daemon.servers import Server, Servers
+from uenvd.daemon.question import Image, make_image
+from uenvd.daemon.resolution import Found, Repository
+from uenvd.daemon.servers import ChannelServer, Server, Servers
 from uenvd.errors import Cancelled, InternalError, InUse, MountFailed, UenvError
 from uenvd.handover import Duty
 from uenvd.oci.remote import Remote
@@ -90,6 +92,8 @@ class Served:
     notes: tuple[str, ...] = ()
     """What the worker had to say of the image, for its users."""
     error: UenvError | None = None
+    lazy: Lazy | None = None
+    """Brings it, while or after it is served already."""
     worker: Server | None = None
     """Who serves it, once it is served."""
     changed: trio.Event = field(default_factory=trio.Event)
@@ -141,6 +145,11 @@ class Served:
         return blob[1] if blob is not None else 0
 
     @property
+    def arrived_bytes(self) -> int:
+        """How much of it is here, as far as that is of interest."""
+        return self.done_bytes if self.lazy is None else self.lazy.done_bytes
+
+    @property
     def mount_source(self) -> str:
         """What mountinfo shows as the source: the session's truth."""
         return f"uenvd:{self.digest or self.label}"
@@ -172,6 +181,7 @@ class ServedImages:
         *,
         store: Store,
         pulls: Pulls,
+        lazies: Lazies,
         mounter: Mounter,
         servers: Servers,
         worker_identity: Identity,
@@ -181,6 +191,7 @@ class ServedImages:
         self._nursery = nursery
         self._store = store
         self._pulls = pulls
+        self._lazies = lazies
         self._mounter = mounter
         self._servers = servers
         self._worker_identity = worker_identity
@@ -269,7 +280,12 @@ class ServedImages:
             adopted.mount_fd = None
         if adopted.report is not None:
             served.meta, served.notes = adopted.report.meta, adopted.report.notes
-        served.worker = await self._servers.adopt(adopted, attached=attached)
+        served.lazy = await self._resume(adopted)
+        served.worker = server = await self._servers.adopt(adopted, attached=attached)
+        if served.lazy is not None:
+            server.arrives(served.lazy)
+        if server.arriving and duty.blob is not None:
+            await self._give_image(server, served.label, duty.blob)
         served.set_state("serving")
         self._all.add(served)
         if attached and served.digest is not None and served.digest not in self._by_digest:
@@ -279,6 +295,35 @@ class ServedImages:
         log.info("%s is served by pid %s, since before this daemon", served.label, served.worker.pid)
         METRICS.takeovers.inc(what="daemon")
         self._nursery.start_soon(self._run_adopted, served, served.worker)
+
+    async def _resume(self, adopted: Adopted) -> Lazy | None:
+        """Go on with the pull of an image that is read already."""
+        duty = adopted.duty
+        try:
+            if duty.blob is None or duty.digest is None or await disk.call(self._store.has, duty.blob):
+                return None
+            repository = Repository.parse(duty.repository or "")
+            cached = await disk.call(self._store.image, duty.digest)
+            if cached is None or repository is None:
+                log.warning("%s: it is served, but the cache knows nothing of it", duty.label)
+                return None
+            config = await disk.call(self._store.config, cached.manifest)
+            found = Found(repository, next(iter(cached.tags), None), duty.digest)
+            return await self._lazies.begin(make_image(found, cached.manifest, config), patient=True)
+        except UenvError as error:
+            log.warning("%s: what it lacks cannot be fetched: %s", duty.label, error)
+            return None
+
+    async def _give_image(self, server: ChannelServer, label: str, blob: str) -> None:
+        try:
+            image = await self._lazies.open(blob)
+        except UenvError as error:
+            log.warning("%s: its processes keep what they have: %s", label, error)
+            return
+        try:
+            await server.give_image(image)
+        finally:
+            _close_all(image)
 
     def prepare_stop(self) -> None:
         """This daemon is about to end: images that nobody uses need not wait for the next one. No checkpoint."""
@@ -321,6 +366,8 @@ class ServedImages:
             served.set_state("pulling")
             await self._unless_abandoned(served, self._bring_up, server)
         except BaseException:
+            if served.lazy is not None:
+                served.lazy.stop()
             server.abandon()
             await self._mounter.remove(served.name)
             raise
@@ -378,15 +425,21 @@ class ServedImages:
         source = served.source
         await server.attend()
         if isinstance(source, BlobSource):
-            if not await trio.to_thread.run_sync(self._store.has, source.image.layer.digest):
-                await self._pull(served, source)
+            if not await disk.call(self._store.has, source.image.layer.digest):
+                if self._servers.can_serve_arriving:
+                    served.lazy = await self._lazies.begin(source.image)
+                if served.lazy is None:
+                    await self._pull(served, source)
             await self._pulls.record(source.image)
-            image_fd = await trio.to_thread.run_sync(self._store.open, source.image.layer.digest)
+            if served.lazy is not None:
+                server.arrives(served.lazy)
+                await served.lazy.until_served()
+            image = await self._lazies.open(source.image.layer.digest)
             try:
                 served.set_state("starting")
-                report = await server.serve(image_fd)
+                report = await server.serve(image)
             finally:
-                os.close(image_fd)  # the lock on the open file stays with the server
+                _close_all(image)  # the lock on the open file stays with the server
         else:
             served.set_state("starting")
             report = await server.serve(None)
@@ -410,6 +463,8 @@ class ServedImages:
             nursery.start_soon(self._let_go_when_idle, served)
             await server.wait()
             nursery.cancel_scope.cancel()
+        if served.lazy is not None:
+            served.lazy.stop()
         used = served.leases
         self._retire(served)
         with trio.CancelScope(shield=True):
@@ -438,3 +493,8 @@ class ServedImages:
         await self._mounter.remove(served.name)
         if served.worker is not None:
             served.worker.release()
+
+
+def _close_all(named: dict[str, int]) -> None:
+    for descriptor in named.values():
+        os.close(descriptor)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -17,6 +17,7 @@ import trio
 
 from uenvd.config import ServingConfig
 from uenvd.daemon.adoption import Adopted, new_slots
+from uenvd.daemon.lazy import Lazy
 from uenvd.daemon.mounter import Mounter
 from uenvd.daemon.notify import Notifier
 from uenvd.daemon.supervision import ImageDirectory, Supervision
@@ -28,8 +29,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_WORKERS: Final = 2
 
-OpenBlob = Callable[[str], Awaitable[int]]
-"""Opens a blob of the cache by its digest."""
+OpenBlob = Callable[[str], Awaitable[dict[str, int]]]
+"""Opens a blob of the cache by its digest; returns the descriptors with which it is served, by name."""
 
 
 class Server(Protocol):
@@ -50,11 +51,17 @@ class Server(Protocol):
     async def attend(self) -> None:
         """The mount exists: do what can be done without the image. Raises errors of the tree."""
 
-    async def serve(self, image_fd: int | None) -> WorkerReport:
-        """Serve the image (None: the duty names it); return what it says of itself. Raises errors of the tree."""
+    async def serve(self, image: Mapping[str, int] | None) -> WorkerReport:
+        """Serve the image (None: the duty names it); return what it says of itself. Raises errors of the tree.
+
+        ``image``: its descriptors by name, which stay the caller's: ``image``, and those of `uenvd.fuse.arrival` when it is still arriving.
+        """
 
     async def wait(self) -> None:
         """Wait for the end of the connection."""
+
+    def arrives(self, lazy: Lazy) -> None:
+        """The image is still arriving: connect the two. No checkpoint."""
 
     def release(self) -> None:
         """Nobody new will come: let the connection end with its last user."""
@@ -86,12 +93,10 @@ class SessionServer:
     async def attend(self) -> None:
         """Requests wait in the kernel until there is an image."""
 
-    async def serve(self, image_fd: int | None) -> WorkerReport:
+    async def serve(self, image: Mapping[str, int] | None) -> WorkerReport:
         """Hand all of it to a process."""
         duty = self._duty
-        named = {"fuse": self.fuse_fd, "mntns": self._namespace_fd}
-        if image_fd is not None:
-            named["image"] = image_fd
+        named = {"fuse": self.fuse_fd, "mntns": self._namespace_fd, **(image or {})}
         setup = WorkerSetup(
             tuple(named),
             path=duty.path,
@@ -114,6 +119,9 @@ class SessionServer:
             log.error(
                 "%s: the worker (pid %d) ended with status %d", self._duty.label, self._worker.pid, status
             )
+
+    def arrives(self, lazy: Lazy) -> None:
+        """Never: this kind waits for whole images."""
 
     def release(self) -> None:
         """The kernel sees to it."""
@@ -177,9 +185,25 @@ class ChannelServer:
         await self._supervision.give_spares()
         await self._prepared()
 
-    async def serve(self, image_fd: int | None) -> WorkerReport:
+    async def serve(self, image: Mapping[str, int] | None) -> WorkerReport:
         """Have it start the workers."""
-        return await self._supervision.serve(image_fd)
+        return await self._supervision.serve(image)
+
+    def arrives(self, lazy: Lazy) -> None:
+        """The image is still arriving: pass on what is wanted and what has come. No checkpoint."""
+        self._supervision.on_want = lazy.want
+        lazy.on_have = self._supervision.have
+        lazy.give_image = self._supervision.give_image
+
+    async def give_image(self, image: Mapping[str, int]) -> None:
+        """Serve from another file of the image, in place of one that was still arriving."""
+        await self._supervision.give_image(image)
+
+    @property
+    def arriving(self) -> bool:
+        """Whether its processes know of no complete file of the image."""
+        state = self._supervision.state
+        return state is not None and state.arriving
 
     async def wait(self) -> None:
         """Wait for the end of the connection, whoever serves it meanwhile."""
@@ -240,7 +264,12 @@ class Servers:
             return SessionServer(self._pool, duty, fuse_fd, self._mounter.serving_namespace_fd)
         return self._channel_server(duty, fuse_fd, new_slots(duty))[0]
 
-    async def adopt(self, adopted: Adopted, *, attached: bool) -> Server:
+    @property
+    def can_serve_arriving(self) -> bool:
+        """Whether an image can be served before it is complete."""
+        return self._config.transport != "pyfuse3"
+
+    async def adopt(self, adopted: Adopted, *, attached: bool) -> ChannelServer:
         """Return the server that an earlier daemon made; with ``attached`` its mount is in our namespace."""
         server, supervision = self._channel_server(
             adopted.duty, adopted.fuse_fd, adopted.slots_fd, attached=attached

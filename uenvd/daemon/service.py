@@ -10,6 +10,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import trio
@@ -17,7 +18,7 @@ import trio
 from uenvd import __version__, mounts, protocol
 from uenvd.cache.store import Level, Store
 from uenvd.config import Config
-from uenvd.daemon import known, requests
+from uenvd.daemon import disk, known, requests
 from uenvd.daemon.access import Access
 from uenvd.daemon.cached import Cached, records, user_of
 from uenvd.daemon.catalogue import Catalogue
@@ -34,6 +35,7 @@ from uenvd.errors import (
     LimitExceeded,
     MountConflict,
     SessionError,
+    StorageError,
     UsageError,
 )
 from uenvd.label import parse_namespaced_label
@@ -59,7 +61,7 @@ class Service:
         self._pulls = pulls
         self._served = served
         self._leases = Leases(served, catalogue.remote, config.limits)
-        self._promises = Promises()
+        self._promises = Promises(config.run_dir / "promises.jsonl")
         self._pulls_of: Counter[int] = Counter()
         self._access = Access(config.access)
         self._cached = Cached(config, store, served, self._access)
@@ -78,6 +80,8 @@ class Service:
                 return await self._mount(connection, request)
             case "wait":
                 return await self._wait(connection, request)
+            case "trace":
+                return self._trace(connection, request)
             case "idmap":
                 return await self._idmap(connection)
             case "pull":
@@ -115,7 +119,11 @@ class Service:
         if all(meta is not None for meta in metas):
             requests.environment(images, metas, views)
         resolved = ",".join(str(wanted.pinned) for wanted in images)
-        self._promises.keep(job, request.uenv, request.cwd, resolved)
+        if self._promises.keep(job, request.uenv, request.cwd, resolved):
+            with suppress(
+                StorageError
+            ):  # the job gets its answer, remembered only as long as this daemon runs
+                await disk.call(self._promises.save)
         if request.submit:
             for wanted in images:
                 if wanted.image is not None:
@@ -141,7 +149,7 @@ class Service:
         }
 
     async def _is_cached(self, image: Image) -> bool:
-        return await trio.to_thread.run_sync(self._store.has, image.layer.digest)
+        return await disk.call(self._store.has, image.layer.digest)
 
     async def _find(self, connection: Connection, request: Request) -> Answer:
         question = await self._question(connection, request, _SLOW_BUDGET_S)
@@ -285,12 +293,25 @@ class Service:
         self._leases.end(lease)
         self.observer.ended(lease)
 
-    async def _wait(self, connection: Connection, request: Request) -> Answer:
+    def _lease(self, connection: Connection, request: Request) -> Lease:
         lease = self._leases.get(request.lease)
         if lease is None or connection.peer.identity.uid not in (0, lease.owner.uid):
             raise SessionError(
                 "there is no such lease", hint="the connection that asked for the mount must stay open"
             )
+        return lease
+
+    def _trace(self, connection: Connection, request: Request) -> Answer:
+        """Say which bytes of its images were read, in order: of those that were started before their pull ended."""
+        traces = [
+            {"digest": served.digest, "ranges": served.lazy.reads()}
+            for served in self._lease(connection, request).served
+            if served.lazy is not None
+        ]
+        return Answer(protocol.success(traces=traces))
+
+    async def _wait(self, connection: Connection, request: Request) -> Answer:
+        lease = self._lease(connection, request)
         while not lease.ready:
             for served in lease.served:
                 if served.error is not None:
@@ -365,7 +386,7 @@ class Service:
             repository = served.repository
             return permit.allows(repository.label) if repository is not None else uid == 0
 
-        levels = await trio.to_thread.run_sync(self._store.levels)
+        levels = await disk.call(self._store.levels)
         return Answer(
             protocol.success(
                 version=__version__,
@@ -379,7 +400,7 @@ class Service:
                         "label": served.label,
                         "state": served.state,
                         "leases": served.leases,
-                        "done_bytes": served.done_bytes,
+                        "done_bytes": served.arrived_bytes,
                         "total_bytes": served.total_bytes,
                         "worker": served.worker.pid if served.worker else None,
                         "workers": list(served.worker.worker_pids) if served.worker else [],

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import select
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -24,8 +25,9 @@ from typing import Final
 import trio
 
 from uenvd import handover
+from uenvd.daemon.metrics import METRICS
 from uenvd.daemon.workers import Process, WorkerPool
-from uenvd.errors import ProtocolError, StorageError, UenvError, WorkerFailed
+from uenvd.errors import NotFound, ProtocolError, StorageError, UenvError, WorkerFailed
 from uenvd.handover import Duty, Message, SupervisorState, WorkerReport
 
 log = logging.getLogger(__name__)
@@ -35,10 +37,12 @@ HELLO_DEADLINE_S: Final = 5.0
 _TRY_AGAIN_S: Final = 0.02
 _FIRST_DELAY_S: Final = 0.05
 _MAX_DELAY_S: Final = 5.0
+_SHORT_LIFE_S: Final = 1.0
+"""All processes that served were gone that soon after their start: the next try has to wait."""
 _BACKLOG: Final = 8
 
-OpenImage = Callable[[], Awaitable[int]]
-"""Returns a descriptor of the image that the callee owns."""
+OpenImage = Callable[[], Awaitable[dict[str, int]]]
+"""Returns the descriptors with which the image is served, by name; the callee owns them."""
 
 
 class ImageDirectory:
@@ -160,6 +164,8 @@ class Supervision:
         self._namespace_fd = namespace_fd
         self._spares = spares
         self._open_image = open_image
+        self.on_want: Callable[[int, int], None] = lambda _first, _end: None
+        """Called with bytes ``[first, end)`` of an image that is still arriving."""
         self._channel: trio.socket.SocketType | None = None
         self._process: Process | None = None
         self._image_given = False
@@ -181,7 +187,7 @@ class Supervision:
 
     async def begin(self) -> None:
         """Start a supervisor and wait until it has answered INIT. Raises `WorkerFailed`, or why it could not begin."""
-        await self._start(())
+        await self._start({})
         with trio.move_on_after(BEGIN_DEADLINE_S):
             while self.state is None or self.state.negotiated is None:
                 if not await self._hear():
@@ -209,20 +215,28 @@ class Supervision:
         self.report = report
         self._image_given = True
 
-    async def serve(self, image_fd: int | None) -> WorkerReport:
+    async def serve(self, image: Mapping[str, int] | None) -> WorkerReport:
         """Hand the image over (None: it has it), wait until it is served. Raises the worker's own error, `WorkerFailed`.
 
-        ``image_fd`` stays the caller's.
+        ``image``: descriptors by name, which stay the caller's.
         """
-        if image_fd is not None:
-            self._image_given = True
-            with suppress(OSError):  # its end is seen where it is listened to
-                await self._send(Message("image", {}, ("image",)), [image_fd])
+        if image is not None:
+            await self.give_image(image)
         await self.until(lambda: self.report is not None)
         assert self.report is not None
         if self.report.error is not None:
             raise self.report.error
         return self.report
+
+    async def give_image(self, image: Mapping[str, int]) -> None:
+        """Hand the image over, or another file of it in place of one that was still arriving; the descriptors stay the caller's."""
+        self._image_given = True
+        with suppress(OSError):  # its end is seen where it is listened to
+            await self._send(Message("image", {}, tuple(image)), list(image.values()))
+
+    def have(self) -> None:
+        """Tell the supervisor that bytes of an arriving image have come; no checkpoint."""
+        self._send_now(Message("have"))
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for a condition on this object's state. Raises `WorkerFailed` when the supervisor is gone for good first."""
@@ -263,24 +277,29 @@ class Supervision:
 
     async def run(self) -> None:
         """Listen until the connection has ended for good. Raises nothing."""
-        delay_s = _FIRST_DELAY_S
+        delay_s, started_s = 0.0, -math.inf
         try:
             while True:
                 if self._channel is not None:
                     while await self._hear():
                         pass
-                if self._abandoned or not await self._reconnect():
-                    if self._abandoned or self._is_over() or not self._can_start_again():
-                        break
-                    log.error("%s: all processes that served it are gone; starting others", self.duty.label)
-                    started_s = trio.current_time()
-                    try:
-                        await self._start_again()
-                    except WorkerFailed as error:
-                        log.warning("%s", error)
-                    delay_s = _FIRST_DELAY_S if trio.current_time() - started_s > _MAX_DELAY_S else delay_s
-                    await trio.sleep(delay_s)
-                    delay_s = min(2 * delay_s, _MAX_DELAY_S)
+                if not self._abandoned and await self._reconnect():
+                    continue
+                if self._abandoned or self._is_over() or not self._can_start_again():
+                    break
+                lived_s = trio.current_time() - started_s
+                delay_s = (
+                    0.0 if lived_s > _SHORT_LIFE_S else min(max(2 * delay_s, _FIRST_DELAY_S), _MAX_DELAY_S)
+                )
+                await trio.sleep(delay_s)
+                started_s = trio.current_time()
+                log.error("%s: all processes that served it are gone; starting others", self.duty.label)
+                try:
+                    await self._start_again()
+                except NotFound:
+                    raise
+                except UenvError as error:  # too many processes, storage in trouble: its users wait
+                    log.warning("%s", error)
         except UenvError as error:
             log.warning("%s: nobody serves it any more: %s", self.duty.label, error)
         except Exception:
@@ -322,12 +341,14 @@ class Supervision:
             if channel is None:
                 return False
             self._channel = trio.socket.from_stdlib_socket(channel)
-            with suppress(OSError):
+            with suppress(OSError), trio.move_on_after(HELLO_DEADLINE_S) as scope:
                 await self._send(Message("hello"))
                 # Processes that are about to die hold the socket, too: then this ends without an answer, and is tried again.
                 if await self._hear():
                     await self._repeat()
                     return True
+            if scope.cancelled_caught:
+                log.warning("%s: its supervisor does not answer; trying again", self.duty.label)
             self._channel.close()
             self._channel = None
             await trio.sleep(_TRY_AGAIN_S)
@@ -337,23 +358,23 @@ class Supervision:
         if self._image_given and self.state is not None and self.state.phase == "attending":
             if self._open_image is None:
                 return
-            image_fd = await self._open_image()
+            image = await self._open_image()
             try:
-                await self._send(Message("image", {}, ("image",)), [image_fd])
+                await self._send(Message("image", {}, tuple(image)), list(image.values()))
             finally:
-                os.close(image_fd)
+                _close_all(list(image.values()))
 
     async def _start_again(self) -> None:
-        image: tuple[int, ...] = ()
+        image: dict[str, int] = {}
         if self._image_given and self._open_image is not None:
-            image = (await self._open_image(),)
+            image = await self._open_image()
         try:
             self.restarts += 1
             await self._start(image)
         finally:
-            _close_all(image)
+            _close_all(list(image.values()))
 
-    async def _start(self, image: Sequence[int]) -> None:
+    async def _start(self, image: Mapping[str, int]) -> None:
         process = await self._pool.take()
         spares: list[int] = []
         try:
@@ -365,7 +386,7 @@ class Supervision:
                     ("adopt", listener.fileno()),
                     ("mntns", self._namespace_fd),
                     *(("mount", spare) for spare in spares),
-                    *(("image", one) for one in image),
+                    *image.items(),
                 ]
                 negotiated = self.state.negotiated if self.state is not None else None
                 self._channel = trio.socket.from_stdlib_socket(process.channel)
@@ -404,9 +425,13 @@ class Supervision:
         _close_all(descriptors)  # none was asked for
         try:
             if message.op == "state":
-                self.state = SupervisorState.from_wire(message.fields.get("state", {}))
+                before, self.state = self.state, SupervisorState.from_wire(message.fields.get("state", {}))
+                _count(before, self.state)
             elif message.op == "report":
                 self.report = parse_report(message)
+            elif message.op == "want":
+                self.on_want(*parse_want(message))
+                return True
         except ProtocolError as error:
             log.warning("%s: %s", self.duty.label, error)
             return False
@@ -420,12 +445,25 @@ class Supervision:
     async def _send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
         if self._channel is None:
             raise BrokenPipeError
-        await send(self._channel, message, descriptors)
+        with trio.move_on_after(HELLO_DEADLINE_S):
+            await send(self._channel, message, descriptors)
+            return
+        raise TimeoutError(f"the supervisor of {self.duty.label} takes no message")
 
     def _send_now(self, message: Message) -> None:
         if self._channel is not None and self._channel.fileno() >= 0:
             with suppress(OSError):
                 os.write(self._channel.fileno(), message.encode())
+
+
+def _count(before: SupervisorState | None, now: SupervisorState) -> None:
+    """Count what died and has a successor."""
+    if before is None:
+        return
+    if now.pid != before.pid:
+        METRICS.takeovers.inc(what="supervisor")
+    elif now.deaths > before.deaths:
+        METRICS.takeovers.inc(now.deaths - before.deaths, what="worker")
 
 
 async def send(channel: trio.socket.SocketType, message: Message, descriptors: Sequence[int] = ()) -> None:
@@ -450,6 +488,14 @@ async def receive(channel: trio.socket.SocketType) -> tuple[Message, list[int]]:
         _close_all(descriptors)
         raise
     return message, descriptors
+
+
+def parse_want(message: Message) -> tuple[int, int]:
+    """Return the bytes ``[first, end)`` that a message asks for. Raises `ProtocolError`."""
+    first, end = message.fields.get("first"), message.fields.get("end")
+    if not isinstance(first, int) or not isinstance(end, int) or not 0 <= first < end < 1 << 63:
+        raise ProtocolError("a supervisor wants bytes that no image has")
+    return first, end
 
 
 def parse_report(message: Message) -> WorkerReport:

@@ -25,6 +25,7 @@ from uenvd.cache.leases import RENEW_S
 from uenvd.cache.scrub import next_blob, scrub_blob
 from uenvd.cache.store import Store
 from uenvd.config import CacheConfig
+from uenvd.daemon import disk
 from uenvd.daemon.metrics import METRICS
 from uenvd.daemon.pulls import Pulls
 from uenvd.daemon.question import Image, make_image
@@ -192,7 +193,7 @@ async def pull_again(store: Store, pulls: Pulls, remote: Remote, layer: str) -> 
         return None
 
     try:
-        image = await trio.to_thread.run_sync(find)
+        image = await disk.call(find)
         if image is None:
             return
         async with pulls.join(remote, image) as pull:

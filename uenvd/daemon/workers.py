@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 REPORT_DEADLINE_S: Final = 30.0
 
 
-SUPERVISOR: Final = ("-m", "uenvd.fuse.supervisor")
+SUPERVISOR: Final = ("-m", "uenvd.fuse.supervise")
 SESSION: Final = ("-m", "uenvd.fuse.worker", "--supervised")
 """What to start: a supervisor, or a process that serves by itself through libfuse."""
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 import errno
 import os
 import select
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from uenvd.fuse.ahead import Ahead
 from uenvd.fuse.answers import Answers, Parts
@@ -35,6 +36,11 @@ _AGAIN = frozenset({errno.EINTR, errno.EAGAIN, errno.ENOENT})
 """Of reading: a signal; nothing there; the request was interrupted before it was read."""
 _ANSWERED = errno.ENOENT
 """Of writing: the request is answered already."""
+_PATIENCE_TICK_MS = 250
+"""How late, at most, a parked request is found to have waited too long."""
+
+GiveUp = Callable[[Missing, float], OSError | None]
+"""Says what a reader gets who has waited so many seconds for these bytes; None: he goes on waiting."""
 
 
 class Channel:
@@ -48,6 +54,8 @@ class Channel:
         faults: where faults are noted.
         source_wake_fd: of an image that is still arriving: readable when bytes have arrived, or will not. The descriptor ``fuse_fd`` is made
             non-blocking then, for all who share it.
+        give_up: ends the wait of a request; None: it waits for ever.
+        complete: of an image that is still arriving: tells that it is complete; from then on it is like any other.
 
     """
 
@@ -60,6 +68,8 @@ class Channel:
         faults: Faults,
         *,
         source_wake_fd: int | None = None,
+        give_up: GiveUp | None = None,
+        complete: Callable[[], bool] | None = None,
     ) -> None:
         self._fd = fuse_fd
         self._tree = tree
@@ -75,6 +85,8 @@ class Channel:
         self._parked: list[Slot] = []
         self._free: list[Slot] = []
         self._wake_fd = source_wake_fd
+        self._give_up = give_up
+        self._complete = complete
         if source_wake_fd is not None:
             os.set_blocking(fuse_fd, False)
 
@@ -118,14 +130,21 @@ class Channel:
             else:
                 parts = self._answers.answer(slot.buffer, slot.length)
         except Missing as missing:
-            slot.parked = True
-            self._parked.append(slot)
-            self._tree.source.want(missing.first_byte, missing.end_byte)
-            return
+            slot.park()
+            given_up = self._given_up(slot, missing)
+            if given_up is None:
+                self._parked.append(slot)
+                self._tree.source.want(missing.first_byte, missing.end_byte)
+                return
+            parts = [r.refusal(slot.unique, self._faults.note(given_up))]
         if parts is not None:
             self._reply(slot.unique, parts)
         slot.clear()
         self._free.append(slot)
+
+    def _given_up(self, slot: Slot, missing: Missing) -> OSError | None:
+        waited_s = (time.monotonic_ns() - slot.waiting_ns) / 1e9
+        return None if self._give_up is None else self._give_up(missing, waited_s)
 
     def _look_ahead(self) -> None:
         """Use the time until the next request comes."""
@@ -165,12 +184,26 @@ class Channel:
             poll.register(self._fd, select.POLLIN)
         if self._wake_fd is not None:
             poll.register(self._wake_fd, select.POLLIN)
-        ready = [descriptor for descriptor, _events in poll.poll()]
-        if self._wake_fd in ready:
+        patience_ms = _PATIENCE_TICK_MS if self._parked and self._give_up is not None else None
+        ready = [descriptor for descriptor, _events in poll.poll(patience_ms)]
+        woken = self._wake_fd in ready
+        if woken:
             self._tree.source.woken()
+        if woken or not ready:
             parked, self._parked = self._parked, []
             for slot in parked:
                 self._retry(slot)
+        if woken and self._complete is not None and self._complete() and not self._parked:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Nothing is missing any more: take turns with the other workers, and sleep in read(2)."""
+        self._wake_fd = self._complete = self._give_up = None
+        self._answers.last_read = None
+        shared = self._tree.shared
+        self._turn = Turn(None if shared is None else shared.fd, self._fd)
+        self._tree.before_work = self._turn.give
+        os.set_blocking(self._fd, True)
 
     def _retry(self, slot: Slot) -> None:
         """Begin a parked request anew; it was no worker's end, so that is its first attempt again."""

@@ -7,13 +7,14 @@ import os
 import stat
 
 from uenvd.errors import AccessDenied, FormatError, StorageError, UsageError
+from uenvd.fuse.protocol import Source
 from uenvd.fuse.shared import SharedBlocks
 from uenvd.fuse.tree import ROOT_INO, Tree
 from uenvd.squashfs import Kind
 from uenvd.views import MAX_FILE_BYTES, ImageMeta, read_image_meta
 
-DECOMPRESSORS = ("zlib", "lzma", "zstandard", "lz4.block", "lzallright")
-"""Loaded on demand by `uenvd.squashfs`; while a worker waits for its image is a better time."""
+LATE_MODULES = ("zlib", "lzma", "zstandard", "lz4.block", "lzallright", "uenvd.views_sh")
+"""Loaded on demand elsewhere; before a process is confined, because it can open no file then."""
 
 
 def open_image(path: str) -> int:
@@ -44,6 +45,7 @@ def open_tree(
     cache_bytes: int,
     offset_bytes: int = 0,
     shared: SharedBlocks | None = None,
+    source: Source | None = None,
 ) -> Tree:
     """Make the tree of an image. Raises `FormatError` or `StorageError` that names it."""
     try:
@@ -53,6 +55,7 @@ def open_tree(
             cache_bytes=cache_bytes,
             offset_bytes=offset_bytes,
             shared=shared,
+            source=source,
         )
         tree.prefetch_metadata()
         if tree.inode(ROOT_INO).kind is not Kind.DIRECTORY:

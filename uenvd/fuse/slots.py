@@ -4,7 +4,8 @@ A slot is a page of state and a buffer. The kernel writes a request straight int
 has left the kernel's queue and is not in the slot. The buffer begins with the request's header, whose ``unique`` (bytes 8 to 15) is never 0
 for a request in hand: a worker zeroes it after its reply.
 
-State, at the slot's start: u64 monotonic time of `Slot.begin` in ns, u32 attempts, u32 parked, u32 length of the request. One process at a
+State, at the slot's start: u64 monotonic time of `Slot.begin` in ns, u32 attempts, u32 parked, then (at 24) u64 monotonic
+time since which the request waits for bytes of the image. One process at a
 time uses a slot, others read the state: what they see may be a moment old.
 """
 
@@ -22,6 +23,7 @@ BUFFER_BYTES = 8192
 """As `uenvd.fuse.protocol.init.negotiate` arranges it with the kernel (FUSE_MIN_READ_BUFFER)."""
 STRIDE_BYTES = STATE_BYTES + BUFFER_BYTES
 _UNIQUE_OFFSET = 8
+_WAITING_OFFSET = 24
 _LENGTH = struct.Struct("=I")
 _U32 = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
@@ -85,6 +87,18 @@ class Slot:
         _STATE.pack_into(self._state, 0, time.monotonic_ns(), attempts, 0)
         return attempts
 
+    @property
+    def waiting_ns(self) -> int:
+        """Since when the request waits for bytes of the image (`time.monotonic_ns`), whichever worker had it; 0 if it never did."""
+        since: int = _U64.unpack_from(self._state, _WAITING_OFFSET)[0]
+        return since
+
+    def park(self) -> None:
+        """Let the request wait for bytes of the image."""
+        self.parked = True
+        if not self.waiting_ns:
+            _U64.pack_into(self._state, _WAITING_OFFSET, time.monotonic_ns())
+
     def rewind(self) -> None:
         """Forget the attempts, keep the request."""
         _STATE.pack_into(self._state, 0, 0, 0, 0)
@@ -93,6 +107,8 @@ class Slot:
         """Forget the request: it is answered."""
         self._unique[:] = _NOTHING
         _STATE.pack_into(self._state, 0, 0, 0, 0)
+        if self.waiting_ns:
+            _U64.pack_into(self._state, _WAITING_OFFSET, 0)
 
 
 class Slots:

@@ -1,13 +1,14 @@
 """The supervisor of one image: owns the FUSE connection, and sees to it that somebody always answers.
 
-``python -m uenvd.fuse.supervisor N`` waits on the socket N for its `Duty` (`uenvd.handover` is the contract), confines itself, answers INIT
-and what can be said of an image that is not there yet, forks workers when it is, and replaces those that end. It parses no byte of the
-image and has no privilege. It lives outside the daemon's mount namespace and goes on without a daemon.
+It answers INIT and what can be said of an image that is not there yet, forks workers when it is, and replaces those that end. It parses no
+byte of the image and has no privilege. It lives outside the daemon's mount namespace and goes on without a daemon. `uenvd.fuse.supervise`
+starts it, `uenvd.fuse.daemons` has its connections to daemons.
 
 **Nobody is needed.** Beside the *active* supervisor a *standby*, forked from it, waits on a pipe of which the active one and its workers have
-the other end, and nobody else. Workers end with the active supervisor (PR_SET_PDEATHSIG); so EOF on the pipe means that it and all its
+the other end, and nobody else. Workers end with the active supervisor (PR_SET_PDEATHSIG); so a hang-up of the pipe means that it and all its
 workers are gone, and that nothing of them will touch the slots any more. Then the standby is the active one: it forks a standby of its own
-and workers, which begin with what lies in the slots. A standby that ends is replaced. Only if all processes of an image are killed at the
+and workers, which begin with what lies in the slots. For a moment there may be two standbys, a new one in place of one that knows too little:
+the new one takes over, the other ends. A standby that ends is replaced. Only if all processes of an image are killed at the
 same moment there is somebody else to act: a daemon that has the descriptors, too.
 
 All of them hold the listening socket through which daemons come. Its refusing a connection therefore means that all of them are gone.
@@ -19,9 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
-import importlib
-import json
 import logging
 import mmap
 import os
@@ -29,51 +27,36 @@ import select
 import signal
 import socket
 import struct
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final, NamedTuple
 
-from uenvd import mounts
-from uenvd.errors import InternalError, ProtocolError, StorageError, UenvError, WorkerFailed
+from uenvd.errors import InternalError, ProtocolError, WorkerFailed
+from uenvd.fuse.arrival import Board, take_board
 from uenvd.fuse.attend import attend
-from uenvd.fuse.confine import acting_as, confine
-from uenvd.fuse.opening import DECOMPRESSORS, open_image
+from uenvd.fuse.daemons import Daemons
 from uenvd.fuse.protocol import Negotiated, is_init, negotiate
 from uenvd.fuse.protocol.reply import RESEND
-from uenvd.fuse.seccomp import Policy
 from uenvd.fuse.shared import SharedBlocks
 from uenvd.fuse.slots import Slot, Slots
-from uenvd.fuse.workforce import (
-    SHARED_FRACTION,
-    Worker,
-    Workforce,
-    receive_report,
-)
-from uenvd.handover import (
-    SLOTS_PER_WORKER,
-    Duty,
-    Message,
-    SupervisorState,
-    WorkerReport,
-    receive_message,
-    send_message,
-)
+from uenvd.fuse.workforce import Worker, Workforce, parse_want, receive_report, thread_states
+from uenvd.handover import SLOTS_PER_WORKER, Duty, Message, SupervisorState, WorkerReport
 
 _log = logging.getLogger("uenvd-fs")
 
 ORPHAN_S: Final = 2.0
 """How long a connection without an image waits for a daemon: nobody else can bring the image."""
-_MAX_CONNECTIONS: Final = 8
+_MAX_WANTS: Final = 4096
+"""Remembered for a daemon to come."""
 _MAX_STARTS: Final = 4
 """So often the first worker may end before it has reported."""
 _END_S: Final = 2.0
 _RETRY_S: Final = 0.1
 _NOTHING_READ: Final = frozenset({errno.EAGAIN, errno.EINTR, errno.ENOENT})
 """Of reading requests: there is none any more; a signal; it was interrupted before it was read."""
+_NUMBER: Final = struct.Struct("=Q")
 _OVER: Final = frozenset({errno.ENODEV, errno.ECONNABORTED})
-_UCRED: Final = struct.Struct("iii")
 
 
 def slot_count(workers: int) -> int:
@@ -105,9 +88,13 @@ class Supervisor:
         self._slots_fd = descriptors["slots"][0]
         self._mounts = descriptors.get("mount", [])
         self._image_fd = descriptors["image"][0] if "image" in descriptors else None
-        self._listener = socket.socket(fileno=descriptors["adopt"][0]) if "adopt" in descriptors else None
-        if self._listener is not None:
-            self._listener.setblocking(False)
+        self._board: Board | None = take_board(descriptors)
+        """What of the image is here, if it came before it was complete."""
+        self._wants: dict[tuple[int, int], None] = {}
+        """Bytes that workers wait for, in the order in which they asked."""
+        listener = socket.socket(fileno=descriptors["adopt"][0]) if "adopt" in descriptors else None
+        uids = (0,) if duty.uid is not None else (0, os.geteuid())
+        self._daemons = Daemons(duty.label, parent, listener, uids, self._obey)
         count = slot_count(duty.workers)
         memory = mmap.mmap(self._slots_fd, Slots.size_bytes(count), mmap.MAP_SHARED)
         self._slots = Slots(memory, count)
@@ -118,10 +105,12 @@ class Supervisor:
         self._workforce: Workforce | None = None
         self._starts = 0
         self._deaths = 0
-        self._connections: dict[int, socket.socket] = {parent.fileno(): parent}
-        self._alone_since_s: float | None = None
         self._life_r, self._life_w = os.pipe2(os.O_CLOEXEC)
         self._standby: _Child | None = None
+        self._newest = mmap.mmap(-1, _NUMBER.size)
+        """The number of the standby forked last, which all of them see; written before that one closes the life pipe."""
+        self._number = 0
+        """In a standby: its own; in the active one: that of its standby."""
         self._standby_stale = negotiated is not None
         self._next_standby_s = 0.0
         self._next_look_s: float | None = None
@@ -149,22 +138,20 @@ class Supervisor:
             poll.register(descriptor, select.POLLIN)
             actions[descriptor] = action
 
-        for channel in self._connections.values():
-            on(channel.fileno(), partial(self._hear, channel))
-        if self._listener is not None and len(self._connections) < _MAX_CONNECTIONS:
-            on(self._listener.fileno(), self._accept)
+        for descriptor, action in self._daemons.events():
+            on(descriptor, action)
         if self._standby is not None:
             on(self._standby.pidfd, self._standby_ended)
         if self._phase == "attending" and self._free_slot() is not None:
             on(self._fuse_fd, self._attend)
         for worker in self._workforce or ():
             on(worker.pidfd, partial(self._worker_ended, worker))
-            if self._report is None:
+            if self._report is None or self._board is not None:
                 on(worker.channel.fileno(), partial(self._worker_said, worker))
-        for descriptor, _events in poll.poll(self._timeout_ms()):
+        for ready, _events in poll.poll(self._timeout_ms()):
             if self._over:
                 return
-            actions[descriptor]()
+            actions[ready]()
         self._look_at_the_clock()
 
     def _timeout_ms(self) -> int | None:
@@ -179,11 +166,12 @@ class Supervisor:
             yield self._next_look_s
         if self._standby_stale and self._negotiated is not None:
             yield self._next_standby_s
-        if self._alone_since_s is not None:
+        alone_since_s = self._daemons.alone_since_s
+        if alone_since_s is not None:
             if self._image_fd is None:
-                yield self._alone_since_s + ORPHAN_S
+                yield alone_since_s + ORPHAN_S
             elif self._mounts:
-                yield self._alone_since_s + self._duty.grace_s
+                yield alone_since_s + self._duty.grace_s
 
     def _look_at_the_clock(self) -> None:
         now_s = time.monotonic()
@@ -192,9 +180,12 @@ class Supervisor:
                 self._tell()
             if self._next_look_s is not None and now_s >= self._next_look_s:
                 self._workforce.end_hung()
+                if self._standby is not None:
+                    self._end_if_stopped(self._standby.pid, self._standby.pidfd)
                 self._next_look_s = now_s + self._duty.hang_s / 3
-        if self._alone_since_s is not None:
-            alone_s = now_s - self._alone_since_s
+        alone_since_s = self._daemons.alone_since_s
+        if alone_since_s is not None:
+            alone_s = now_s - alone_since_s
             if self._image_fd is None and alone_s >= ORPHAN_S:
                 _log.error("%s: no daemon brings the image any more", self._duty.label)
                 self._over = True
@@ -225,18 +216,27 @@ class Supervisor:
 
     def _fork_standby(self) -> bool:
         """Fork a standby that knows what this process knows now, in place of the one there is. True in the standby, when its turn has come."""
+        active, active_pidfd = os.getpid(), -1
         try:
+            active_pidfd = os.pidfd_open(active)
             pid = os.fork()
         except OSError as error:
+            if active_pidfd >= 0:
+                os.close(active_pidfd)
             _log.warning("%s: no standby can be started: %s", self._duty.label, error.strerror)
             self._next_standby_s = time.monotonic() + _RETRY_S
             return False
         if pid == 0:
             self._forget_children()
-            self._forget_connections()
+            self._daemons.forget()
+            self._number += 1
+            _NUMBER.pack_into(self._newest, 0, self._number)
             os.close(self._life_w)
-            os.read(self._life_r, 1)
+            self._stand_by(active, active_pidfd)
+            os.close(active_pidfd)
             return True
+        os.close(active_pidfd)
+        self._number += 1
         former = self._standby
         self._standby = _Child(pid, os.pidfd_open(pid), time.monotonic())
         self._standby_stale = False
@@ -247,6 +247,21 @@ class Supervisor:
             os.close(former.pidfd)
         self._tell()
         return False
+
+    def _stand_by(self, active: int, active_pidfd: int) -> None:
+        """Wait for the end of the active one and all its workers; one that somebody has stopped is ended."""
+        poll = select.poll()
+        poll.register(self._life_r, 0)
+        while not poll.poll(self._duty.hang_s * 1000 / 3 if self._duty.hang_s > 0 else None):
+            self._end_if_stopped(active, active_pidfd)
+        if _NUMBER.unpack_from(self._newest)[0] != self._number:
+            os._exit(0)  # the one that was about to replace this one knows more
+
+    def _end_if_stopped(self, pid: int, pidfd: int) -> None:
+        if "T" in thread_states(pid):
+            _log.error("%s: pid %d is stopped; it is replaced", self._duty.label, pid)
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
     def _standby_ended(self) -> None:
         standby = self._standby
@@ -264,7 +279,7 @@ class Supervisor:
         os.close(self._life_r)
         self._life_r, self._life_w = os.pipe2(os.O_CLOEXEC)
         self._standby_stale, self._next_standby_s = True, 0.0
-        self._alone_since_s = time.monotonic()
+        self._daemons.alone_since_s = time.monotonic()
         if self._phase == "attending":
             for slot in self._slots:
                 if slot.busy():
@@ -283,16 +298,12 @@ class Supervisor:
             os.close(self._standby.pidfd)
             self._standby = None
 
-    def _forget_connections(self) -> None:
-        for channel in self._connections.values():
-            channel.close()
-        self._connections.clear()
-
     def _become_worker(self) -> None:
         """In a new worker: close what keeps the mount alive, and what is the supervisor's business."""
-        self._forget_connections()
+        self._daemons.forget()
         if self._standby is not None:
             os.close(self._standby.pidfd)
+        self._newest.close()
         for descriptor in (self._life_r, self._slots_fd, *self._mounts):
             os.close(descriptor)
 
@@ -360,6 +371,7 @@ class Supervisor:
                 slots=self._slots.some(0, len(self._slots)),
                 shared=self._shared,
                 in_child=self._become_worker,
+                board=self._board,
             )
             if self._duty.hang_s > 0:
                 self._next_look_s = time.monotonic() + self._duty.hang_s / 3
@@ -378,11 +390,18 @@ class Supervisor:
         return any(events & select.POLLERR for _fd, events in poll.poll(0))
 
     def _worker_said(self, worker: Worker) -> None:
-        if self._report is not None or worker.channel.fileno() < 0:
+        if worker.channel.fileno() < 0:
             return
         data = receive_report(worker)
         if data is None:
             return  # its end shows elsewhere
+        wanted = parse_want(data)
+        if wanted is not None:
+            if len(self._wants) < _MAX_WANTS:
+                self._wants[wanted] = None
+            self._daemons.send_all(_want(wanted))
+        if wanted is not None or self._report is not None:
+            return
         try:
             self._report = WorkerReport.decode(data)
         except ProtocolError as error:
@@ -418,50 +437,54 @@ class Supervisor:
                 self._phase, self._over = "failed", True
                 self._tell(with_report=True)
                 return
+        if workforce.hopeless:
+            _log.error(
+                "%s: its workers end again and again, for no request; it is given up", self._duty.label
+            )
+            self._report = WorkerReport(
+                error=WorkerFailed(f"the workers for {self._duty.label} end again and again")
+            )
+            self._phase, self._over = "failed", True
+            self._tell(with_report=True)
+            return
         workforce.start_due()
         self._tell()
 
+    # -- an image that is still arriving
+
+    def _take_image(self, named: dict[str, list[int]]) -> None:
+        """Begin with an image, or go on with another file of the same one (whose former writer is gone)."""
+        former, self._image_fd = self._image_fd, named.pop("image")[0]
+        self._board = take_board(named)
+        if former is None:
+            self._start_if_ready()
+            return
+        os.close(former)
+        if self._workforce is not None:
+            self._workforce.change_image(self._image_fd, self._board)
+        self._standby_stale = True
+        for wanted in list(self._wants):
+            self._daemons.send_all(_want(wanted))
+        self._tell()
+
+    def _bytes_came(self) -> None:
+        """Wake the workers; what they lack after that they ask for again."""
+        board = self._board
+        if board is not None:
+            for wanted in [one for one in self._wants if board.covers(board.chunks_of(*one))]:
+                del self._wants[wanted]
+        if self._workforce is not None:
+            self._workforce.wake()
+
     # -- daemons
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        try:
-            channel, _address = self._listener.accept()
-        except OSError:
-            return
-        _pid, uid, _gid = _UCRED.unpack(
-            channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        )
-        if uid not in (0, os.geteuid()):
-            channel.close()
-            return
-        channel.setblocking(False)
-        self._connections[channel.fileno()] = channel
-        self._alone_since_s = None
-
-    def _hear(self, channel: socket.socket) -> None:
-        """Take one message from a daemon."""
-        if channel.fileno() < 0:
-            return
-        try:
-            received = receive_message(channel)
-        except BlockingIOError:
-            return
-        except (OSError, ProtocolError) as error:
-            if isinstance(error, ProtocolError):
-                _log.warning("%s: %s", self._duty.label, error)
-            received = None
-        if received is None:
-            self._hang_up(channel)
-            return
-        message, descriptors = received
-        self._obey(channel, message, group(message, descriptors))
-
     def _obey(self, channel: socket.socket, message: Message, named: dict[str, list[int]]) -> None:
+        """Do what a daemon says; the descriptors that are taken over leave ``named``."""
         match message.op:
-            case "image" if self._image_fd is None and "image" in named:
-                self._image_fd = named.pop("image")[0]
-                self._start_if_ready()
+            case "image" if "image" in named and (self._image_fd is None or self._board is not None):
+                self._take_image(named)
+            case "have":
+                self._bytes_came()
             case "mounts":
                 self._release()
                 self._mounts = named.pop("mount", [])
@@ -475,8 +498,6 @@ class Supervisor:
                 self._phase, self._over = "abandoned", True
             case _:
                 pass  # of a later version
-        for descriptor in (one for those in named.values() for one in those):
-            os.close(descriptor)
 
     def _release(self) -> None:
         """Give up the mounts: when the last user of the image is gone, the kernel ends the connection."""
@@ -498,11 +519,13 @@ class Supervisor:
             {"state": self._state().to_wire(), "duty": self._duty.to_wire()},
             tuple(name for name, _descriptor in given),
         )
-        self._send(channel, message, [descriptor for _name, descriptor in given])
+        self._daemons.send(channel, message, [descriptor for _name, descriptor in given])
         for name, descriptor in given:
             if name == "mount":
                 os.close(descriptor)
-        self._send_report(channel)
+        self._daemons.send_report(channel, self._report)
+        for wanted in self._wants:
+            self._daemons.send(channel, _want(wanted))
 
     def _state(self) -> SupervisorState:
         return SupervisorState(
@@ -513,114 +536,14 @@ class Supervisor:
             deaths=self._deaths,
             mounts=len(self._mounts),
             negotiated=self._negotiated.to_wire() if self._negotiated is not None else None,
+            arriving=self._board is not None and not self._board.complete,
         )
 
     def _tell(self, *, with_report: bool = False) -> None:
         """Tell all daemons how it goes."""
-        message = Message("state", {"state": self._state().to_wire()})
-        for channel in list(self._connections.values()):
-            if with_report:
-                self._send_report(channel)
-            self._send(channel, message)
-
-    def _send_report(self, channel: socket.socket) -> None:
-        if self._report is not None:
-            self._send(channel, Message("report", {"report": json.loads(self._report.encode())}))
-
-    def _send(self, channel: socket.socket, message: Message, descriptors: Sequence[int] = ()) -> None:
-        """Send without waiting: a daemon that does not listen loses its connection, and hears all of it when it comes back."""
-        if channel.fileno() < 0:
-            return
-        try:
-            send_message(channel, message, descriptors)
-        except OSError:
-            self._hang_up(channel)
-
-    def _hang_up(self, channel: socket.socket) -> None:
-        del self._connections[channel.fileno()]
-        channel.close()
-        if not self._connections:
-            self._alone_since_s = time.monotonic()
+        self._daemons.tell(self._state(), self._report if with_report else None)
 
 
-def group(message: Message, descriptors: Sequence[int]) -> dict[str, list[int]]:
-    """Return the descriptors of a message by name."""
-    named: dict[str, list[int]] = {}
-    for name, descriptor in zip(message.descriptors, descriptors, strict=True):
-        named.setdefault(name, []).append(descriptor)
-    return named
-
-
-def _begin(channel: socket.socket) -> Supervisor | None:
-    """Wait for the duty and confine this process; None when there is nothing to do. Raises errors of the tree."""
-    received = receive_message(channel)
-    if received is None:
-        return None
-    message, descriptors = received
-    named = group(message, descriptors)
-    if message.op != "begin" or not {"fuse", "slots"} <= named.keys():
-        raise ProtocolError("a supervisor begins with its duty, the fuse descriptor and the slots")
-    duty = Duty.from_wire(message.fields.get("duty", {}))
-    agreed = message.fields.get("negotiated")
-    negotiated = None if agreed is None else Negotiated.from_wire(agreed)
-    namespace = named.pop("mntns", [None])[0]
-    if duty.path is not None:
-        if namespace is not None:
-            mounts.setns(namespace, mounts.CLONE_NEWNS)
-            namespace = None
-        with contextlib.ExitStack() as stack:
-            if duty.reader is not None:
-                stack.enter_context(acting_as(*duty.reader))
-            named["image"] = [open_image(duty.path)]
-    shared = SharedBlocks.create(max(int(duty.cache_bytes * SHARED_FRACTION), mmap.PAGESIZE))
-    kept = {one for those in named.values() for one in those}
-    confine(
-        mount_namespace_fd=namespace,
-        uid=duty.uid,
-        gid=duty.gid,
-        groups=duty.groups,
-        keep=frozenset({channel.fileno(), shared.fd, *kept}),
-        cache_bytes=duty.cache_bytes,
-        policy=Policy.SUPERVISOR,
-    )
-    channel.setblocking(False)
-    lost = bool(message.fields.get("slots_lost"))
-    return Supervisor(duty, named, negotiated, shared, channel, slots_lost=lost)
-
-
-def supervise(channel: socket.socket) -> int:
-    """Be a supervisor; return the exit status."""
-    for module in DECOMPRESSORS:
-        with contextlib.suppress(ImportError):  # images that need it say so; the others do not
-            importlib.import_module(module)
-    gc.collect()
-    gc.freeze()
-    try:
-        try:
-            supervisor = _begin(channel)
-        except UenvError:
-            raise
-        except OSError as error:
-            raise StorageError(f"the supervisor cannot start: {error.strerror}") from error
-        except Exception as error:
-            _log.exception("the supervisor cannot start")
-            raise InternalError(f"the supervisor cannot start: {type(error).__name__}: {error}") from error
-    except UenvError as error:
-        report = Message("report", {"report": json.loads(WorkerReport(error=error).encode())})
-        with contextlib.suppress(OSError):
-            send_message(channel, report)
-        return 1
-    if supervisor is not None:
-        supervisor.run()
-    return 0
-
-
-def main(argv: list[str]) -> int:
-    """``argv``: program, number of the socket."""
-    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
-    with socket.socket(fileno=int(argv[1])) as channel:
-        return supervise(channel)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+def _want(wanted: tuple[int, int]) -> Message:
+    first, end = wanted
+    return Message("want", {"first": first, "end": end})

@@ -25,7 +25,7 @@ from uenvd import mounts
 from uenvd.errors import InternalError, StorageError, UenvError, WorkerFailed
 from uenvd.fuse.confine import acting_as, confine
 from uenvd.fuse.faults import Faults
-from uenvd.fuse.opening import DECOMPRESSORS, open_image, open_tree, read_meta
+from uenvd.fuse.opening import LATE_MODULES, open_image, open_tree, read_meta
 from uenvd.fuse.pyfuse3_ops import Operations, serve
 from uenvd.fuse.seccomp import Policy, restrict
 from uenvd.fuse.tree import Tree
@@ -36,7 +36,7 @@ _log = logging.getLogger("uenvd-fs")
 
 def supervised(channel: socket.socket) -> int:
     """Wait for the setup, confine, report, serve. Returns the exit status."""
-    for module in DECOMPRESSORS:
+    for module in LATE_MODULES:
         with suppress(ImportError):  # images that need it say so; the others do not
             importlib.import_module(module)
     gc.collect()

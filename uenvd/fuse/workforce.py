@@ -23,6 +23,7 @@ from typing import Final
 
 from uenvd import handover
 from uenvd.errors import InternalError, StorageError, UenvError
+from uenvd.fuse.arrival import Board
 from uenvd.fuse.channel import Channel
 from uenvd.fuse.faults import Faults
 from uenvd.fuse.opening import open_tree, read_meta
@@ -30,6 +31,7 @@ from uenvd.fuse.protocol import Negotiated
 from uenvd.fuse.seccomp import Policy, restrict
 from uenvd.fuse.shared import SharedBlocks
 from uenvd.fuse.slots import Slot
+from uenvd.fuse.source import WANT, WOKEN, ArrivingSource
 from uenvd.fuse.tree import Tree
 from uenvd.handover import SLOTS_PER_WORKER, Duty, WorkerReport
 
@@ -40,6 +42,8 @@ SHARED_FRACTION: Final = 0.5
 _PR_SET_PDEATHSIG: Final = 1
 _SHORT_LIFE_S: Final = 1.0
 _MAX_DELAY_S: Final = 1.0
+_HOPELESS_ENDS: Final = 8
+_HOPELESS_S: Final = 10.0
 _MIN_CACHE_BYTES: Final = 1 << 20
 
 
@@ -70,6 +74,7 @@ class Workforce:
         slots: ``duty.workers * SLOTS_PER_WORKER`` of them.
         shared: memory for decoded blocks.
         in_child: called first in a new worker: it closes what is the supervisor's alone.
+        board: what of the image is here, when it is still arriving.
 
     """
 
@@ -83,6 +88,7 @@ class Workforce:
         slots: Sequence[Slot],
         shared: SharedBlocks,
         in_child: Callable[[], None],
+        board: Board | None = None,
     ) -> None:
         self._duty = duty
         self._fuse_fd = fuse_fd
@@ -91,8 +97,14 @@ class Workforce:
         self._slots = slots
         self._shared = shared
         self._in_child = in_child
+        self._board = board
+        self._replaced: set[int] = set()
+        """Pids that were ended because there is another image file."""
         self._workers: dict[int, Worker] = {}
         self._short_lives = 0
+        self._own_ends = 0
+        """Of these, in a row: those that nobody had asked for with SIGKILL."""
+        self._own_ends_since_s = 0.0
         self._due: dict[int, float] = {}
         """Workers to be started, and when (monotonic)."""
 
@@ -112,9 +124,32 @@ class Workforce:
         self.start_due()
 
     @property
+    def hopeless(self) -> bool:
+        """Whether workers have been ending of themselves, soon after their start, again and again for a long time.
+
+        A request that ends its workers is refused (`uenvd.fuse.channel.MAX_ATTEMPTS`). This is for what ends them with no request in hand:
+        without it readers would wait for ever.
+        """
+        return self._own_ends >= _HOPELESS_ENDS and time.monotonic() - self._own_ends_since_s >= _HOPELESS_S
+
+    @property
     def next_start_s(self) -> float | None:
         """When the next worker is to be started (monotonic); None when all run."""
         return min(self._due.values(), default=None)
+
+    def change_image(self, image_fd: int, board: Board | None) -> None:
+        """Serve from another file with the same bytes: successors of all workers do, and answer first what these have in hand."""
+        self._image_fd, self._board = image_fd, board
+        for worker in self:
+            self._replaced.add(worker.pid)
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+
+    def wake(self) -> None:
+        """Tell the workers that bytes of the image have come, or will not."""
+        for worker in self:
+            with suppress(OSError):  # one whose channel is full has been told
+                worker.channel.send(WOKEN, socket.MSG_DONTWAIT)
 
     def start_due(self) -> bool:
         """Start the workers whose time has come; tell whether there was one."""
@@ -139,7 +174,17 @@ class Workforce:
         if status == 0:
             return 0
         now_s = time.monotonic()
+        if worker.pid in self._replaced:
+            self._replaced.discard(worker.pid)
+            self._due[worker.index] = now_s
+            return status
         self._short_lives = self._short_lives + 1 if now_s - worker.born_s < _SHORT_LIFE_S else 0
+        if self._short_lives and status != -signal.SIGKILL:
+            self._own_ends += 1
+            if self._own_ends == 1:
+                self._own_ends_since_s = now_s
+        else:
+            self._own_ends = 0
         delay_s = 0.0 if self._short_lives < 3 else min(0.01 * 2**self._short_lives, _MAX_DELAY_S)
         self._due[worker.index] = now_s + delay_s
         _log.warning(
@@ -200,18 +245,33 @@ class Workforce:
         duty = self._duty
         _place(duty)
         restrict(Policy.WORKER)
+        board = self._board if self._board is not None and not self._board.complete else None
+        source = None if board is None else ArrivingSource(self._image_fd, board, channel)
         try:
-            tree, report = self._look()
+            tree, report = self._look(source)
         except UenvError as error:
             with suppress(OSError):
                 channel.send(WorkerReport(error=error).encode())
             os._exit(1)
         with suppress(OSError):
             channel.send(report.encode())
-        Channel(self._fuse_fd, tree, self._negotiated, self._slots_of(index), Faults(duty.label)).serve()
+        faults = Faults(duty.label)
+        if source is None:
+            Channel(self._fuse_fd, tree, self._negotiated, self._slots_of(index), faults).serve()
+        else:
+            Channel(
+                self._fuse_fd,
+                tree,
+                self._negotiated,
+                self._slots_of(index),
+                faults,
+                source_wake_fd=channel.fileno(),
+                give_up=source.give_up,
+                complete=lambda: source.complete,
+            ).serve()
 
-    def _look(self) -> tuple[Tree, WorkerReport]:
-        """Look at the image. Raises errors of the tree."""
+    def _look(self, source: ArrivingSource | None) -> tuple[Tree, WorkerReport]:
+        """Look at the image. Raises errors of the tree. Of one that is still arriving the metadata is known already (`uenvd.daemon.lazy`)."""
         duty = self._duty
         own_bytes = int(duty.cache_bytes * (1 - SHARED_FRACTION)) // duty.workers
         notes: list[str] = []
@@ -222,7 +282,10 @@ class Workforce:
                 mask_privileged=duty.mask_privileged,
                 cache_bytes=max(own_bytes, _MIN_CACHE_BYTES),
                 shared=self._shared,
+                source=source,
             )
+            if source is not None:
+                return tree, WorkerReport()
             return tree, WorkerReport(meta=read_meta(tree, notes), notes=tuple(notes))
         except OSError as error:
             raise StorageError(f"cannot read the image: {error.strerror}") from error
@@ -258,6 +321,14 @@ def thread_states(pid: int) -> str:
         for task in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208 - names, not paths
             states += Path(f"/proc/{pid}/task/{task}/stat").read_text().rpartition(")")[2].split()[0]
     return states
+
+
+def parse_want(data: bytes) -> tuple[int, int] | None:
+    """Return the bytes ``[first, end)`` that a worker wants; None if it says something else."""
+    if len(data) != WANT.size or data[:1] != b"W":
+        return None
+    _kind, first, end = WANT.unpack(data)
+    return first, end
 
 
 def receive_report(worker: Worker) -> bytes | None:

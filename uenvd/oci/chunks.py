@@ -112,7 +112,9 @@ def chunk_list(image: Image, read: ReadAt, size_bytes: int) -> ChunkList:
     target = _target_bytes(size_bytes)
     lengths: list[int] = []
     digests = bytearray()
-    for length, digest in _runs(_borders(image, size_bytes), image.superblock.inode_table_pos, read, target):
+    for length, digest in _runs(
+        block_borders(image, size_bytes), image.superblock.inode_table_pos, read, target
+    ):
         lengths.append(length)
         digests += digest
     if len(lengths) > MAX_CHUNKS:
@@ -128,8 +130,8 @@ def _target_bytes(size_bytes: int) -> int:
     return target
 
 
-def _borders(image: Image, size_bytes: int) -> list[int]:
-    """Return where blocks begin or end, and the file: sorted, each once, from 0 to its size."""
+def block_borders(image: Image, size_bytes: int) -> list[int]:
+    """Return where blocks begin or end, and the file: sorted, each once, from 0 to its size. Raises `FormatError`."""
     data_end = image.superblock.inode_table_pos
     found = {0, min(data_end, size_bytes), size_bytes}
     found.update(range(data_end, size_bytes, _TAIL_BYTES))

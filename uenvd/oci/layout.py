@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -37,6 +37,7 @@ from uenvd.oci.files import (
     write_atomically,
 )
 from uenvd.oci.manifest import (
+    DOCKER_INDEX_TYPE,
     EMPTY_BLOB,
     EMPTY_DIGEST,
     INDEX_TYPE,
@@ -49,6 +50,7 @@ from uenvd.oci.manifest import (
     load_object,
     media_type_of,
     parse_descriptor,
+    parse_index,
     parse_manifest,
 )
 from uenvd.oci.reference import (
@@ -253,6 +255,52 @@ class LayoutRemote:
         check_reference(repository, subject)
         self.push_manifest(repository, tag, raw, media_type)
         return False
+
+    def untag(self, repository: str, tag: str) -> bool:
+        """See `Remote.untag`."""
+        check_reference(repository, tag)
+        name = f"{repository}:{tag}"
+        with storage_errors(self.root, "updating the index of"), locked(self.root / ".index.lock"):
+            self._write_index([entry for entry in self._index() if _ref_name(entry) != name])
+        return True
+
+    def delete(self, repository: str, digest: str) -> bool:
+        """See `Remote.delete`. Blobs that were reached by this manifest and are by no other one are removed."""
+        check_reference(repository, digest)
+        begin = f"{repository}:"
+        with storage_errors(self.root, "deleting from"), locked(self.root / ".index.lock"):
+            kept = [
+                entry
+                for entry in self._index()
+                if entry.get("digest") != digest or not _ref_name(entry).startswith(begin)
+            ]
+            before = self._reached([digest])
+            self._write_index(kept)
+            alive = self._reached(str(entry.get("digest")) for entry in kept)
+            for one in before - alive:
+                self._blob(one).unlink(missing_ok=True)
+        return True
+
+    def _reached(self, digests: Iterable[str]) -> set[str]:
+        """Return all blobs that manifests and indexes lead to, their subjects among them."""
+        found: set[str] = set()
+        waiting = [digest for digest in digests if is_digest(digest)]
+        while waiting:
+            digest = waiting.pop()
+            if digest in found:
+                continue
+            found.add(digest)
+            try:
+                raw = self._read_blob(digest, MAX_MANIFEST_BYTES)
+                if media_type_of(raw) in {INDEX_TYPE, DOCKER_INDEX_TYPE}:
+                    waiting += [entry.digest for entry in parse_index(raw)]
+                    continue
+                manifest = parse_manifest(raw, None)
+            except (NotFound, ManifestError):
+                continue
+            found |= {blob.digest for blob in (manifest.config, *manifest.layers)}
+            waiting += [manifest.subject.digest] if manifest.subject else []
+        return found
 
     @contextmanager
     def updating(self, name: str) -> Iterator[bool]:

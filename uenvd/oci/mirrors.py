@@ -163,6 +163,14 @@ class MirroredRemote:
         """See `Remote.push_attachment`."""
         return self._source.push_attachment(repository, tag, raw, subject, media_type)
 
+    def untag(self, repository: str, tag: str) -> bool:
+        """See `Remote.untag`."""
+        return self._source.untag(repository, tag)
+
+    def delete(self, repository: str, digest: str) -> bool:
+        """See `Remote.delete`."""
+        return self._source.delete(repository, digest)
+
     def updating(self, name: str) -> AbstractContextManager[bool]:
         """See `Remote.updating`."""
         return self._source.updating(name)

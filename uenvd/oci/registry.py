@@ -55,6 +55,8 @@ MAX_PAGES: Final = 1000
 MAX_ENTRIES: Final = 200_000
 
 _STORED: Final = frozenset({200, 201, 202})
+_DELETED: Final = frozenset({200, 202, 204, 404})
+_CANNOT_DELETE: Final = frozenset({400, 405, 501})
 _UNKNOWN_BLOB_PAUSES_S: Final = (0.1, 0.3)
 _UPDATES: Final = tuple(threading.Lock() for _ in range(64))
 _ACCEPT = ", ".join([MANIFEST_TYPE, DOCKER_MANIFEST_TYPE, INDEX_TYPE, DOCKER_INDEX_TYPE])
@@ -328,6 +330,38 @@ class RegistryRemote:
         """See `Remote.push_attachment`. The registry says by a header that it has the referrers API ("Pushing Manifests with Subject")."""
         reply = self._put_manifest(repository, tag, raw, media_type)
         return reply.headers.get("OCI-Subject", "") == subject
+
+    def untag(self, repository: str, tag: str) -> bool:
+        """See `Remote.untag`. Some registries delete what the tag names, too: that is put back, its blobs are still there."""
+        try:
+            raw, media_type = self.manifest_bytes(repository, tag)
+        except NotFound:
+            return True
+        if not self._delete(repository, tag):
+            return False
+        try:
+            self.manifest_bytes(repository, digest_of(raw))
+        except NotFound:
+            self.push_manifest(repository, None, raw, media_type)
+        return True
+
+    def delete(self, repository: str, digest: str) -> bool:
+        """See `Remote.delete`."""
+        if not is_digest(digest):
+            raise RegistryError(f"{digest!r} is no digest")
+        return self._delete(repository, digest)
+
+    def _delete(self, repository: str, reference: str) -> bool:
+        """Ask for a deletion (specification, "Deleting Manifests", "Deleting tags"); False where the registry has none."""
+        check_reference(repository, reference)
+        reply = self._http.fetch(
+            "DELETE",
+            self._url(repository, f"manifests/{reference}"),
+            scope=self._scope(repository, "delete"),
+            what=self._name(repository, reference),
+            accept=_DELETED | _CANNOT_DELETE,
+        )
+        return reply.status in _DELETED
 
     @contextmanager
     def updating(self, name: str) -> Iterator[bool]:

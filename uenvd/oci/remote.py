@@ -156,6 +156,17 @@ class Remote(Protocol):
         """Store a manifest whose subject is ``subject`` under a tag; tell whether the place lists it as a referrer by itself."""
         ...
 
+    def untag(self, repository: str, tag: str) -> bool:
+        """Take a tag away; what it named stays, by its digest. Tell whether the place can do that; a tag that is not there is no error."""
+        ...
+
+    def delete(self, repository: str, digest: str) -> bool:
+        """Delete a manifest and all its tags in a repository. Tell whether the place can do that; one that is not there is no error.
+
+        A registry frees the bytes of blobs that nobody names any more when it cleans up; a layout at once.
+        """
+        ...
+
     def updating(self, name: str) -> AbstractContextManager[bool]:
         """Keep others out while what ``name`` stands for is read, changed and written back, as far as the place allows.
 

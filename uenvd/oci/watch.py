@@ -24,7 +24,7 @@ from urllib3.util.connection import create_connection
 
 from uenvd.errors import Cancelled
 
-TICK_S: Final = 0.2
+TICK_S: Final = 0.1
 """How late a deadline or a cancellation may be noticed."""
 ENOUGH_BYTES: Final = 256 << 10
 GATHER_S: Final = 0.05
