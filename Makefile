@@ -8,9 +8,10 @@ MAKEFLAGS += --no-print-directory
 VENV = $(shell readlink -f .venv)/bin
 PREFIX ?= /opt/uenvd
 DESTDIR ?=
-PYTEST_ARGS ?=
+# Two processes, a file of tests each: as many as the smallest machine has cores.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help setup plugin demo test check check-python check-plugin bench bench-pull bench-slurm bench-uenvctl install clean
+.PHONY: help setup plugin demo test check check-python check-plugin faults bench bench-pull bench-slurm bench-uenvctl install clean
 
 help: ## say what can be made
 	@printf 'uenvd: scientific software stacks as squashfs images\n\n'
@@ -42,12 +43,15 @@ check-python: # the same without the plugin
 check-plugin: # the plugin's compiler warnings and its unit tests under ASan and UBSan
 	$(MAKE) -C slurm-plugin check
 
+faults: setup ## 2,000 faults in registry, network and cache, some minutes (root)
+	@UENVD_FAULTS=$${UENVD_FAULTS:-2000} $(VENV)/pytest -s tests/integration/test_registry_fault_campaign.py
+
 bench: setup ## measure: serving, against squashfuse_ll and the kernel's squashfs (root)
 	@$(VENV)/python tests/bench/serving.py
 	@$(MAKE) bench-slurm bench-uenvctl
 
 bench-pull: setup ## measure: pulling, against the oras command and skopeo
-	@$(VENV)/python tests/bench/pulling.py
+	@$(VENV)/python tests/bench/pulling.py; first=$$?; $(VENV)/python tests/bench/lazystart.py && exit $$first
 
 bench-slurm: setup ## measure: what the plugin costs srun (root)
 	@$(VENV)/python tests/bench/slurm_latency.py

@@ -115,9 +115,9 @@ fi
 say "installing the project and its tools into $venv"
 pip() { "$venv/bin/pip" --quiet --disable-pip-version-check "$@" </dev/null; }
 if [ $mode = editable ]; then
-    project=(--editable '.[dev,publish]')
+    project=(--editable '.[dev,publish,firecrest]')
 else
-    project=('.[dev,publish]')
+    project=('.[dev,publish,firecrest]')
 fi
 # Without the network when all requirements are met, with the build back end that lives in the environment.
 if ! pip install --no-index --no-build-isolation "${project[@]}" >/dev/null 2>&1; then

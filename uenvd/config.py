@@ -61,6 +61,10 @@ class PullConfig:
     piece_bytes: int = 16 << 20
     prefetch_on_submit: bool = False
     """Fetch an image into the shared cache as soon as a job that wants it is submitted."""
+    lazy: bool = True
+    """Let jobs start before the pull ends, where the image has a chunk list."""
+    lazy_deadline_s: float = 45.0
+    """How long a read waits for bytes that do not come."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,16 @@ class AccessRule:
     """Every field that is given must match; the namespace always is."""
     groups: tuple[str, ...]
     """Membership in one of them is enough."""
+
+
+@dataclass(frozen=True)
+class SignatureConfig:
+    """Which images must be signed, and by whom."""
+
+    required: tuple[str, ...] = ()
+    """Namespaces of which only signed images are used."""
+    keys: Path = Path("/etc/uenvd/keys")
+    """Directory of the public keys (``*.pub``) that are believed."""
 
 
 MAX_CONNECTIONS: Final = 32
@@ -149,6 +163,7 @@ class Config:
     run_dir: Path = Path("/run/uenvd")
     cache: CacheConfig = field(default_factory=CacheConfig)
     access: tuple[AccessRule, ...] = ()
+    signatures: SignatureConfig = field(default_factory=SignatureConfig)
     sources: dict[str, str] = field(default_factory=dict)
     """Name -> directory of users' own images; ``%h`` and ``%u`` in it are the user's home and name."""
     resolve_ttl_s: float = 60.0
@@ -249,6 +264,8 @@ def parse(text: str, name: str, check_registry: Callable[[str], object] = str) -
     limits = top.section("limits")
     log = top.section("log")
     metrics = top.section("metrics")
+    lazy = _lazy(top)
+    signatures = top.section("signatures")
     config = Config(
         system=top.need("system", y.word),
         registry=registry,
@@ -273,6 +290,10 @@ def parse(text: str, name: str, check_registry: Callable[[str], object] = str) -
             scrub_bytes_per_s=cache.take("scrub_rate", y.size, CacheConfig.scrub_bytes_per_s),
         ),
         access=top.take("access", _access, ()),
+        signatures=SignatureConfig(
+            required=signatures.take("required", y.words, ()),
+            keys=signatures.take("keys", y.path, SignatureConfig.keys),
+        ),
         sources=top.take("sources", _sources, {}),
         resolve_ttl_s=resolve.take("ttl", y.seconds, Config.resolve_ttl_s),
         resolve_deadline_s=resolve.take("deadline", y.seconds, Config.resolve_deadline_s),
@@ -282,6 +303,8 @@ def parse(text: str, name: str, check_registry: Callable[[str], object] = str) -
             connections=pull.take("connections", _connections, PullConfig.connections),
             piece_bytes=pull.take("piece", _piece, PullConfig.piece_bytes),
             prefetch_on_submit=pull.take("prefetch_on_submit", y.truth, False),
+            lazy=lazy[0],
+            lazy_deadline_s=lazy[1],
         ),
         worker_user=worker.take("user", y.text, Config.worker_user),
         worker_cache_bytes=worker.take("cache", y.size, Config.worker_cache_bytes),
@@ -304,7 +327,20 @@ def parse(text: str, name: str, check_registry: Callable[[str], object] = str) -
             pulls=limits.take("pulls", y.count, Limits.pulls),
         ),
     )
-    for section in (control, cache, resolve, mounts, pull, fuse, worker, limits, log, metrics, top):
+    for section in (
+        control,
+        cache,
+        resolve,
+        mounts,
+        pull,
+        fuse,
+        worker,
+        limits,
+        log,
+        metrics,
+        signatures,
+        top,
+    ):
         section.end()
     _check(config, top)
     return config
@@ -321,9 +357,32 @@ def _check(config: Config, top: y.Section) -> None:
         )
     if cache.low > cache.high:
         top.fail("cache", "low is above high")
+    unknown = [name for name in config.signatures.required if name not in config.namespaces]
+    if unknown:
+        top.fail("signatures", f"{unknown[0]!r} is no namespace that is open here (namespaces)")
     for name in config.sources:
         if name in config.namespaces:
             top.fail("sources", f"{name!r} is a namespace of the registry already")
+
+
+def _lazy(top: y.Section) -> tuple[bool, float]:
+    """Return whether jobs start before the pull ends, and how long their reads wait: ``lazy: auto``, or a mapping."""
+    if isinstance(top.node("lazy"), yaml.ScalarNode):
+        return top.take("lazy", _auto, PullConfig.lazy), PullConfig.lazy_deadline_s
+    section = top.section("lazy")
+    found = (
+        section.take("start", _auto, PullConfig.lazy),
+        section.take("deadline", y.seconds, PullConfig.lazy_deadline_s),
+    )
+    section.end()
+    return found
+
+
+def _auto(node: yaml.Node) -> bool:
+    value = y.text(node)
+    if value not in {"auto", "off"}:
+        raise ValueError(f"{value!r} is neither 'auto' nor 'off'")
+    return value == "auto"
 
 
 def _connections(node: yaml.Node) -> int:

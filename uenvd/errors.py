@@ -343,16 +343,23 @@ class SignatureRefused(UenvError):
     """The image is not signed, or not by a key that the site believes, and the site demands it."""
 
     code = "signature"
-    exit_status = 120
+    exit_status = 113
     default_hint = "ask who published the image to sign it: uenvd-publish sign LABEL --key FILE"
 
 
-class RollbackRefused(UenvError):
-    """There is no former release to go back to."""
+class StatusNotPosted(UenvError):
+    """The forge (GitHub, Gitea, Forgejo, GitLab) did not take the status of a commit."""
 
-    code = "rollback-refused"
-    exit_status = 121
-    default_hint = "name the tag to go back to: --to TAG"
+    code = "status-not-posted"
+    exit_status = 107
+    default_hint = "what was built and tested is not affected; the status can be posted again"
+
+
+class TriggerRefused(UenvError):
+    """Nothing was started: the comment's author may not, or the comment asks for what the allow-list does not allow."""
+
+    code = "trigger-refused"
+    exit_status = 108
 
 
 def _tree(root: type[UenvError]) -> list[type[UenvError]]:

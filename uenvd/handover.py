@@ -8,18 +8,21 @@ EOF at the parent means that the worker ended. Names of descriptors:
   ``image``  the image file, open for reading (absent when ``path`` is given: then the worker opens it, as ``reader`` or as ``uid``)
   ``mntns``  the mount namespace to enter before serving (absent: stay)
 
-**A supervisor with its workers** (``python -m uenvd.fuse.supervisor N``): `Message`s in both directions, for as long as either likes. It
+**A supervisor with its workers** (``python -m uenvd.fuse.supervise N``): `Message`s in both directions, for as long as either likes. It
 outlives the daemon; the next one connects to its socket and says ``hello``. From the daemon:
   ``begin``    the `Duty` (and ``negotiated``, when INIT was answered by a predecessor; ``slots_lost`` true, when the slots are not that
                one's: then the kernel is asked to send again what it had in hand), with the descriptors ``fuse``, ``slots`` (shared
                memory for requests), ``adopt`` (a listening socket), ``mntns``, and any number of ``mount``
-  ``image``    its bytes are there: serve it; descriptor ``image``
+  ``image``    serve it; descriptor ``image``. With ``board`` and ``reads`` (`uenvd.fuse.arrival`) it is still arriving; such an image may
+               be followed by another file of the same one
+  ``have``     the board has changed
   ``mounts``   descriptors ``mount`` in place of those it has: detached mounts of the connection, for daemons to come
   ``hello``    tell ``state`` (and the report); with ``adopt`` true the descriptors ``fuse``, ``slots`` and one ``mount`` come with it
   ``release``  give up the mounts: nobody new will come
   ``abandon``  give up the connection: its users get ENOTCONN
-From the supervisor: ``state`` (`SupervisorState`), whenever it has changed; ``report``, a `WorkerReport`, once it is known. Unknown
-operations are ignored by both, so that later versions may say more (which bytes of the image are wanted, which have come).
+From the supervisor: ``refused``, before it hangs up on somebody who speaks otherwise (another version: its message tells the version, too);
+``state`` (`SupervisorState`), whenever it has changed; ``report``, a `WorkerReport`, once it is known; ``want``, bytes
+``first`` .. ``end`` - 1 of an arriving image that somebody waits for. Unknown operations are ignored by both, so that later versions may say more.
 """
 
 from __future__ import annotations
@@ -224,6 +227,8 @@ class SupervisorState:
     """Detached mounts it holds."""
     negotiated: dict[str, Any] | None = None
     """What INIT agreed on; None before."""
+    arriving: bool = False
+    """The image is served from a file that is not complete yet."""
 
     def to_wire(self) -> dict[str, Any]:
         """Return the JSON object."""
@@ -244,6 +249,7 @@ class SupervisorState:
                 deaths=int(value["deaths"]),
                 mounts=int(value["mounts"]),
                 negotiated=negotiated,
+                arriving=bool(value.get("arriving", False)),
             )
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise ProtocolError(f"malformed state of a supervisor: {error}") from error

@@ -88,6 +88,7 @@ _OPERATIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "resolve": ("uenv",),
     "mount": ("uenv",),
     "wait": ("lease",),
+    "trace": ("lease",),
     "idmap": (),
     "pull": ("uenv",),
     "find": (),

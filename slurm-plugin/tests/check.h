@@ -26,6 +26,8 @@ const char *scratch_dir(void);
 
 /* The next allocation but `count` (from 0) of the code under test fails; -1: none does. */
 extern long fail_allocation;
+/* The table that session_read() reads; NULL: the kernel's. */
+extern const char *mounted;
 
 #define TEST(identifier)                                                                                     \
     static void identifier(void);                                                                            \

@@ -1,5 +1,6 @@
 /* The runner: each test in this process, with a check that it leaves no descriptor open. Usage: run-tests VECTORS_DIR [NAME]. */
 #include "check.h"
+#include "session.h"
 
 #include <dirent.h>
 #include <ftw.h>
@@ -10,6 +11,7 @@
 
 const char *vectors_dir;
 long fail_allocation = -1;
+const char *mounted;
 
 static struct test *tests;
 static const char *skipped;
@@ -54,6 +56,14 @@ char *__wrap_strdup(const char *text)
 char *__wrap_strndup(const char *text, size_t size)
 {
     return fails_now() ? NULL : __real_strndup(text, size);
+}
+
+bool __real_session_read(struct session *session, struct failure *failure);
+bool __wrap_session_read(struct session *session, struct failure *failure);
+
+bool __wrap_session_read(struct session *session, struct failure *failure)
+{
+    return mounted ? session_parse(mounted, session, failure) : __real_session_read(session, failure);
 }
 
 void test_register(struct test *test)
@@ -118,6 +128,7 @@ int main(int argc, char **argv)
         skipped = NULL;
         test->run();
         fail_allocation = -1;
+        mounted = NULL;
         CHECK_IN(open_descriptors() == before, test->name);
         printf("%s %s%s%s\n", skipped ? "skip" : "ok  ", test->name, skipped ? ": " : "", skipped ? skipped : "");
         ran++;

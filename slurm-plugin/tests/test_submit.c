@@ -3,8 +3,10 @@
 #include "choice.h"
 #include "fake_daemon.h"
 #include "lookup.h"
+#include "session.h"
 #include "spank_fake.h"
 
+#include <errno.h>
 #include <json-c/json.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -26,7 +28,7 @@ static const struct act refuses[] = {{.kind = ACT_REQUEST},
 static void clear_environment(void)
 {
     static const char *const names[] = {VAR_SPEC,      VAR_IMAGES, VAR_VIEW,    VAR_OPTION_UENV, VAR_OPTION_VIEW, VAR_INSTEAD_OF,
-                                        VAR_SRUN_UENV, VAR_SRUN_VIEW, VAR_NOTED, VAR_LOOKUP,  "SBATCH_UENV",   "SBATCH_UENV_VIEW",
+                                        VAR_SRUN_UENV, VAR_SRUN_VIEW, VAR_NOTED, VAR_LOOKUP,  VAR_SESSION,     "SBATCH_UENV",   "SBATCH_UENV_VIEW",
                                         "SLURM_VIEW"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         unsetenv(names[i]);
@@ -316,6 +318,83 @@ TEST(variable_goes_before_what_a_job_passes_on)
     setenv(VAR_SRUN_UENV, "none", 1);
     CHECK(submit(S_CTX_LOCAL, NULL, NULL, NULL) == 0);
     check_exported("none", NULL, NULL);
+}
+
+/* ---- in a session */
+
+#define DIGITS "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+#define OTHER_DIGITS "fedcba9876543210fedcba9876543210fedcba9876543210fedcba9876543210"
+
+static const char one_mounted[] = "40 22 0:50 / /m ro - fuse.uenvd uenvd:sha256:" DIGITS " ro\n";
+static const char other_mounted[] = "40 22 0:50 / /m ro - fuse.uenvd uenvd:sha256:" OTHER_DIGITS " ro\n";
+
+/* The program decides between salloc and sbatch by its own name. */
+static int allocate(const char *program, const struct act *script, const char *uenv)
+{
+    char *name = program_invocation_short_name;
+    program_invocation_short_name = (char *)program;
+    int result = submit(S_CTX_ALLOCATOR, script, uenv, NULL);
+    program_invocation_short_name = name;
+    return result;
+}
+
+TEST(session_is_inherited_by_what_is_started_in_it)
+{
+    clear_environment();
+    mounted = one_mounted;
+    CHECK(submit(S_CTX_LOCAL, resolves, NULL, NULL) == 0);
+    CHECK_TEXT(asked("uenv"), "@sha256:" DIGITS ":/m");
+    CHECK_TEXT(getenv(VAR_SESSION), NULL);
+    clear_environment();
+    CHECK(allocate("salloc", resolves, NULL) == 0);
+    CHECK(strstr(said, "uenv: inherited from this session: "));
+}
+
+TEST(what_salloc_was_given_counts_in_its_shell)
+{
+    static const char *const given[] = {"other", "none"};
+    for (size_t i = 0; i < 2; i++) {
+        clear_environment();
+        mounted = one_mounted;
+        CHECK(allocate("salloc", i ? NULL : resolves, given[i]) == 0);
+        char *here = session_place();
+        CHECK_TEXT(getenv(VAR_SESSION), here);
+        free(here);
+        CHECK(submit(S_CTX_LOCAL, NULL, NULL, NULL) == 0);
+        CHECK(daemon_.request_count == 0);
+        check_exported(given[i], i ? NULL : "app/1@sha256:aa:/m", NULL);
+        /* A job of the job's. */
+        CHECK(allocate("salloc", NULL, NULL) == 0);
+        check_exported(given[i], i ? NULL : "app/1@sha256:aa:/m", NULL);
+        /* A session that was started in the allocation is another place, whatever is mounted in it. */
+        setenv(VAR_SESSION, "elsewhere/1", 1);
+        mounted = i ? one_mounted : other_mounted;
+        CHECK(submit(S_CTX_LOCAL, resolves, NULL, NULL) == 0);
+        CHECK_TEXT(asked("uenv"), i ? "@sha256:" DIGITS ":/m" : "@sha256:" OTHER_DIGITS ":/m");
+    }
+}
+
+TEST(place_of_submission_is_left_to_the_shell_of_salloc_alone)
+{
+    clear_environment();
+    mounted = one_mounted;
+    CHECK(allocate("salloc", resolves, "other") == 0);
+    CHECK(getenv(VAR_SESSION) != NULL);
+    CHECK(allocate("sbatch", NULL, NULL) == 0);
+    CHECK_TEXT(getenv(VAR_SESSION), NULL);
+    CHECK(allocate("salloc", resolves, "app/2") == 0);
+    mounted = "22 1 0:21 / / rw - ext4 /dev/sda1 rw\n";
+    CHECK(allocate("salloc", resolves, "other") == 0);
+    CHECK_TEXT(getenv(VAR_SESSION), NULL);
+    /* Without a job there is nothing that could count before the session. */
+    clear_environment();
+    char *here = session_place();
+    setenv(VAR_SESSION, here, 1);
+    free(here);
+    mounted = one_mounted;
+    CHECK(submit(S_CTX_LOCAL, resolves, NULL, NULL) == 0);
+    CHECK_TEXT(asked("uenv"), "@sha256:" DIGITS ":/m");
+    clear_environment();
 }
 
 /* ---- heterogeneous jobs */

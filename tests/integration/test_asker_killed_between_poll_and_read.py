@@ -47,7 +47,7 @@ def peek(self, span, inline_bytes=0):
     return None
 trio.lowlevel.wait_readable = wait_readable
 Tree.part, Tree.peek = part, peek
-sys.exit(standalone.run([image, mountpoint, '-f']))
+sys.exit(standalone.run([image, mountpoint, '-f', '-o', 'transport=pyfuse3']))
 """
 
 

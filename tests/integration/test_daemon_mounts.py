@@ -185,7 +185,7 @@ def test_an_image_without_metadata_needs_an_explicit_mount_point(
         assert ":/user-environment" in error["hint"]
     with daemon.client() as client:
         lease = client.ask("mount", uenv=f"bare/1:{MOUNT_POINT}")["lease"]
-        assert client.ask("wait", lease=lease)["env"] == []
+        assert client.ask("wait", lease=lease)["env"] == [["unset", "UENV_RESTORE"]]
 
 
 def test_what_the_worker_notes_of_an_image_reaches_its_users(
@@ -266,3 +266,23 @@ def test_the_cache_is_listed_inspected_pinned_and_emptied(daemon: Daemon, app: s
         assert error["code"] == "in-use"
     until(lambda: daemon.ask("evict", uenv="app/1.0")["ok"], "evicted once the lease is gone")
     assert daemon.ask("images")["records"] == []
+
+
+def test_a_job_gets_the_same_answer_from_a_daemon_that_was_restarted(
+    daemon: Daemon, public_dir: Path, registry: str
+) -> None:
+    """What a job was told where it was submitted without a uenvd; its tag moves, and the node's daemon is killed."""
+    publisher = Publisher(registry)
+    first = publisher.push(simple_image(public_dir / "p1.squashfs", "p", "one"), "promised/1", "v1")
+
+    def resolved(job: int) -> str:
+        answer = daemon.ask(
+            "resolve", uenv="promised/1", job={"id": job, "step": 0}, uid=os.getuid(), refresh=True
+        )
+        return str(answer["images"][0]["digest"])
+
+    assert resolved(7) == first
+    second = publisher.push(simple_image(public_dir / "p2.squashfs", "p", "two"), "promised/1", "v1")
+    daemon.kill()
+    daemon.start()
+    assert (resolved(8), resolved(7)) == (second, first)

@@ -417,6 +417,7 @@ def test_without_a_view_nothing_is_changed(site: Site) -> None:
 
 def test_a_view_of_an_image_of_early_2024(site: Site) -> None:
     done = site.uenvctl("run", "-v", "v", "./old.squashfs", "sh", "-c", "echo $PATH $OLD")
+    assert done.stderr == ""
     assert done.stdout == f"{site.mount}/env/v/bin:{site.user.environ()['PATH']} yes\n"
     assert not Path("/tmp/never").exists()
 

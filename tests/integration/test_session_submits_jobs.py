@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -125,6 +126,22 @@ def test_salloc(centre: Centre) -> None:
     assert (done.returncode, done.stdout) == (0, "other\n"), done.stderr
 
 
+def test_what_salloc_was_given_counts_in_its_shell(centre: Centre) -> None:
+    steps = f"srun -Q cat {MOUNT}/word; echo; srun -Q --uenv=app/1.0 cat {MOUNT}/word"
+    done = centre.session("salloc", "-Q", "--uenv=other/1.0", "sh", "-c", steps)
+    assert (done.returncode, done.stdout) == (0, "other\napp"), done.stderr
+    none = centre.session("salloc", "-Q", "--uenv=none", "srun", "-Q", "ls", "-A", MOUNT)
+    assert (none.returncode, none.stdout) == (0, ""), none.stderr
+
+
+def test_a_session_started_in_an_allocation_counts_in_it(centre: Centre) -> None:
+    session = (UENVCTL, "--socket", str(centre.login.socket_path), "run", "app/1.0", "--")
+    steps = f"srun -Q cat {MOUNT}/word; {' '.join(session)} srun -Q cat {MOUNT}/word"
+    allocate = ["salloc", "-Q", "--uenv=other/1.0", "sh", "-c", steps]
+    done = centre.cluster.run(allocate, user=centre.user)
+    assert (done.returncode, done.stdout) == (0, "otherapp"), done.stderr
+
+
 def test_a_label_that_does_not_exist(centre: Centre) -> None:
     done = centre.session("srun", "-Q", "--uenv=nosuch/1", "true")
     assert done.returncode != 0
@@ -189,3 +206,42 @@ def test_the_daemon_remembers_what_a_job_used(centre: Centre) -> None:
     assert (step["uid"], step["step"], step["views"]) == (centre.user.uid, 0, ["default"])
     assert step["label"].startswith("app/1.0:v1")
     assert step["digest"].startswith("sha256:")
+
+
+def test_which_image_a_task_of_an_array_used(centre: Centre) -> None:
+    done = centre.cluster.sbatch(
+        "#!/bin/bash\necho $SLURM_JOB_ID\n", "--wait", "--array=3-4", "--uenv=app/1.0", user=centre.user
+    )
+    assert done.returncode == 0, done.stderr
+    array = int(done.stdout.splitlines()[0])
+    socket = str(centre.cluster.node_control_dir("node1") / "control")
+    for task in (3, 4):
+        (number,) = (centre.cluster.scratch / f"slurm-{array}_{task}.out").read_text().split()
+        asked = centre.cluster.run([UENVCTL, "--socket", socket, "job", f"{array}_{task}", "--json"])
+        assert asked.returncode == 0, asked.stderr
+        answer = json.loads(asked.stdout)
+        assert (answer["job"], [step["label"] for step in answer["steps"]]) == (
+            int(number),
+            [answer["steps"][0]["label"]],
+        )
+        assert answer["steps"][0]["label"].startswith("app/1.0:v1")
+    nobodys = centre.cluster.run([UENVCTL, "--socket", socket, "job", f"{array}_9"])
+    assert (nobodys.returncode, nobodys.stdout) == (66, "")
+    assert "neither squeue nor sacct knows" in nobodys.stderr
+
+
+def test_the_doctor_looks_for_the_plugin(centre: Centre) -> None:
+    lines = centre.cluster.conf_file.with_name("plugstack.conf").read_text().splitlines()
+
+    def slurm() -> tuple[str, str]:
+        command = [UENVCTL, "--socket", str(centre.login.socket_path), "doctor", "--json"]
+        checks = json.loads(centre.cluster.run(command, user=centre.user).stdout)["checks"]
+        (one,) = [check for check in checks if check["name"] == "slurm"]
+        return one["state"], one["what"]
+
+    assert slurm() == ("ok", "srun has the option --uenv")
+    try:
+        centre.cluster.set_plugstack()
+        assert slurm() == ("note", "srun has no option --uenv")
+    finally:
+        centre.cluster.set_plugstack(*lines)

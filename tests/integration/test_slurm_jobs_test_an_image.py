@@ -14,7 +14,7 @@ import pytest
 from support.cluster import Cluster, Result, missing, running_cluster
 from support.daemon import running_daemon
 from support.publishing import Publisher
-from support.reframetests import HANGS, HEAD, image_with_tests
+from support.reframetests import HANGS, HEAD, MEASURES, image_with_tests
 from support.registry import RealRegistry, docker_registry
 from support.slurmsite import built_plugin
 from support.users import TestUser, ordinary_user
@@ -128,13 +128,23 @@ def centre(node: None) -> Iterator[Centre]:
 
 
 def test_jobs_on_two_nodes_have_the_image_under_test(centre: Centre) -> None:
-    image = image_with_tests(centre.cluster.dir / "app.squashfs", environments=ENVIRONMENTS, jobs=TESTS)
+    measures = MEASURES.replace("{rate}", "100")
+    image = image_with_tests(
+        centre.cluster.dir / "app.squashfs", environments=ENVIRONMENTS, jobs=TESTS, measures=measures
+    )
     digest = Publisher(centre.registry.url, namespace="build").push(image, "app/1", "7")
     done = centre.test("app/1:7@demo%zen3", "--json", "--partition", "two-nodes")
     assert done.returncode == 0, done.stderr + centre.cluster.logs()
     result = json.loads(done.stdout)
     assert result["digest"] == digest
-    assert sorted(case["name"] for case in result["cases"]) == ["BuiltInTheJob", "TwoNodes", "WithoutUenv"]
+    assert sorted(case["name"] for case in result["cases"]) == [
+        "BuiltInTheJob",
+        "Measures",  # with the image and on the bare node
+        "Measures",
+        "TwoNodes",
+        "UenvSmoke %view=default",
+        "WithoutUenv",
+    ]
     remote = open_remote(parse_registry(centre.registry.url))
     (manifest,) = attachments(remote, REPOSITORY, digest, REFRAME_TYPE)
     assert manifest.annotations[VERDICT] == "pass"

@@ -66,8 +66,8 @@ class Place:
 def one_processor() -> Iterator[None]:
     """Keep what is started on one processor.
 
-    job_container/tmpfs binds a mount namespace's file, which the kernel allows only for one younger than its own, by number; Linux 6.18 hands
-    the numbers out per processor, so that on several Slurm's own bind fails now and then (kernel: mnt_ns_loop, gen_cookie_next).
+    Seen with Slurm 22.05 on Linux 6.18: on two processors Slurm's own bind, by which job_container/tmpfs keeps a job's mount namespace, fails
+    now and then. Why was not established.
     """
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})

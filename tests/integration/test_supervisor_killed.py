@@ -8,6 +8,7 @@ import mmap
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,10 @@ import pytest
 
 from support import images
 from support.fusetools import NOBODY, Session, open_to_all, session, until
-from support.supervised import Parent, supervised, wait_gone
+from support.supervised import Parent, group_of, supervised, wait_gone
+from uenvd.fuse.protocol import Negotiated
 from uenvd.fuse.slots import Slots
-from uenvd.handover import SLOTS_PER_WORKER
+from uenvd.handover import SLOTS_PER_WORKER, Message
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="plays the daemon, which is root")
 
@@ -62,7 +64,7 @@ def attack():
     }
 def _work(self, slot):
     text = bytes(slot.buffer[40:slot.length])
-    if text.startswith(b'slow') and slot.attempts == 0: slot.begin(); time.sleep(60)
+    if text.startswith(b'slow') and not os.environ.get('UENVD_TEST_MILD') and slot.attempts == 0: slot.begin(); time.sleep(60)
     if text.startswith(b'spin') and slot.attempts == 0:
         slot.begin()
         while True: pass
@@ -71,6 +73,13 @@ def _work(self, slot):
         slot.begin(); os.write(2, b'ATTACK' + json.dumps(attack()).encode() + b'\\n')
     return work(self, slot)
 channel.Channel._work = _work
+if os.environ.get('UENVD_TEST_SUICIDE'):
+    import mmap, signal
+    once, end = mmap.mmap(-1, 1), signal.pidfd_send_signal
+    def first_time(descriptor, number):
+        if not once[0]: once[0] = 1; os._exit(1)
+        return end(descriptor, number)
+    signal.pidfd_send_signal = first_time
 """
 """``sitecustomize`` of the supervisor: requests that do harm to the worker that gets them."""
 
@@ -226,6 +235,90 @@ def test_supervisors_are_killed_one_after_the_other(parent: Parent, place: Path)
                 == 3 << 20
             )
             parent.serving()
+
+
+def test_supervisor_killed_with_two_standbys_has_one_successor(place: Path, tmp_path: Path) -> None:
+    """It is killed when it has forked a standby in place of another, which it has not ended yet; the new one knows of the image."""
+    with supervised(tmp_path) as parent:
+        parent.start(env={"PYTHONPATH": str(place / "harm"), "UENVD_TEST_SUICIDE": "1"})
+        parent.give_image(place / "i")
+        assert parent.process is not None
+        group = parent.process.pid
+        until(lambda: not parent.hear(), "the supervisor ends")
+        parent.process.wait(10)
+        assert parent.connect()
+        state = parent.serving()
+        until(lambda: len(group_of(group)) == 2 + parent.duty.workers, "one supervisor is left")
+        with session(NOBODY, parent.mount, "/mnt") as user:
+            assert user.eval("open('/mnt/file').read()") == "content\n"
+        assert state.pid in group_of(group)
+
+
+@pytest.mark.parametrize("who", ["supervisor", "standby"])
+def test_supervisor_that_is_stopped_is_replaced(place: Path, tmp_path: Path, who: str) -> None:
+    with supervised(tmp_path, hang_s=0.3) as parent:
+        parent.env = {}  # type: ignore[attr-defined]
+        serve(parent, place)
+        state = parent.state
+        assert state is not None
+        assert state.standby is not None
+        victim = state.pid if who == "supervisor" else state.standby
+        os.kill(victim, signal.SIGSTOP)
+        if who == "supervisor":
+            until(lambda: not parent.hear(), "the supervisor ends")
+            assert parent.connect()
+        parent.until(lambda p: p.state.pid != victim and p.state.standby not in (None, victim))
+        parent.serving()
+        with session(NOBODY, parent.mount, "/mnt") as user:
+            assert user.eval("open('/mnt/file').read()") == "content\n"
+
+
+def test_only_root_may_come_as_a_daemon(parent: Parent, place: Path, public_dir: Path) -> None:
+    serve(parent, place)
+    assert parent.state is not None
+    address = public_dir / "there"
+    os.link(parent.address, address)
+    address.chmod(0o666)
+    code = (
+        "import socket, sys\ns = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); s.settimeout(10); s.connect(sys.argv[1])\n"
+        "try: s.send(sys.argv[2].encode()); print(s.recvmsg(65536, 1024)[:2])\n"
+        "except (BrokenPipeError, ConnectionResetError): print((b'', []))\n"
+    )
+    hello = Message("hello", {"adopt": True}).encode().decode()
+    for uid, answered in ((NOBODY, False), (0, True)):
+        told = subprocess.run(
+            [sys.executable, "-c", code, str(address), hello],
+            user=uid,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            cwd="/",
+        ).stdout
+        assert (told.strip() != "(b'', [])") == answered
+
+
+def test_requests_whose_slots_are_lost_are_sent_again(parent: Parent, place: Path) -> None:
+    """All processes are gone, and the shared memory with them: the kernel is asked (FUSE_NOTIFY_RESEND)."""
+    serve(parent, place)
+    assert parent.state is not None
+    assert parent.process is not None
+    assert parent.state.negotiated is not None
+    if not Negotiated.from_wire(parent.state.negotiated).resend:
+        pytest.skip("the kernel has no FUSE_NOTIFY_RESEND (Linux 6.9)")
+    first = parent.process
+    with session(NOBODY, parent.mount, "/mnt") as user:
+        ask(user, "os.path.lexists('/mnt/slow')")
+        until(lambda: busy(parent), "a worker has the request in hand")
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+        until(lambda: not parent.connect(), "nobody accepts any more")
+        parent.forget_slots()
+        parent.listen_again()
+        image = os.open(place / "i", os.O_RDONLY)
+        parent.start(image, slots_lost=True, env=parent.env | {"UENVD_TEST_MILD": "1"})  # type: ignore[attr-defined]
+        os.close(image)
+        assert answer(user) is False
+    wait_gone(first.pid)
 
 
 def test_all_are_killed_and_others_go_on_with_the_descriptors(parent: Parent, place: Path) -> None:

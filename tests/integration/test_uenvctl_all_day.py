@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,6 +174,18 @@ def test_only_root_evicts(me: Desk, daemon: Daemon) -> None:
     assert asked(me, "image", "ls", "--here", "app/1.0")["records"] == []
 
 
+def test_a_pinned_image_is_shown_and_may_be_let_go(me: Desk, daemon: Daemon) -> None:
+    assert me.uenvctl("image", "pull", "app/1.0").returncode == 0
+    assert me.uenvctl("image", "pin", "app/1.0").returncode == 84, "for root only"
+    for command, pinned in (("pin", True), ("unpin", False)):
+        done = subprocess.run(
+            [UENVCTL, f"--socket={me.socket}", "image", command, "app/1.0"], capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        rows = asked(me, "image", "ls", "--here", "app/1.0")["records"]
+        assert [one["pinned"] for one in rows] == [pinned]
+
+
 def test_no_view_at_all(me: Desk, daemon: Daemon) -> None:
     for view, word in (("default", "two"), ("none", "")):
         done = me.uenvctl(
@@ -223,6 +236,43 @@ def test_a_tag_that_moves_changes_nothing_for_who_has_locked_it(
     assert me.uenvctl("lock", cwd=below).returncode == 0
     assert json.loads((project / "uenv.lock").read_text())["images"][0]["digest"] == second
     assert me.uenvctl("run", "--locked", "moves/1", *word, cwd=below).stdout == "new"
+
+
+def test_the_lock_holds_for_kernels_and_comparisons(me: Desk, daemon: Daemon, publisher: Publisher) -> None:
+    project = me.directory / "paper"
+    me.command(["mkdir", "-p", project])
+    python = f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+    views = {"default": {"list": {"PATH": [{"op": "prepend", "value": [f"{M}/bin"]}]}, "scalar": {}}}
+
+    def publish(word: str) -> str:
+        image = make_squashfs(
+            me.directory.parent / f"py-{word}.squashfs",
+            {"bin/python3": python, "word": word},
+            meta=env_json("py", views=views),
+            options=("-action", "chmod(a+x)@name(python3)"),
+        )
+        return publisher.push(image, "py/1", "v1")
+
+    first = publish("old")
+    assert me.uenvctl("lock", "py/1", cwd=project).returncode == 0
+    second = publish("new")
+    assert me.uenvctl("run", "--refresh", "py/1", "cat", f"{M}/word").stdout == "new"
+    installed = me.uenvctl(
+        "kernel", "install", "--locked", "--view=default", "--name=paper", "py/1", "--json", cwd=project
+    )
+    assert installed.returncode == 0, installed.stderr
+    argv = json.loads(installed.stdout)["argv"]
+    assert any(f"@{first}" in word for word in argv)
+    program = argv[: argv.index("-m")]
+    word = "import sys; sys.stdout.write(open('/user-environment/word').read())"
+    assert me.command([*program, "-c", word], cwd=me.user.home).stdout == "old"
+
+    facts = json.loads(me.uenvctl("diff", "--locked", "py/1", "py/1", "--json", cwd=project).stdout)
+    assert [one["digest"] for one in facts["images"]] == [first, first]
+    moved = json.loads(me.uenvctl("diff", "py/1", "py/1", "--json").stdout)
+    assert moved["images"][0]["digest"] == second
+    unknown = me.uenvctl("diff", "--locked", "py/1", "app/1.0", cwd=project)
+    assert unknown.returncode == 111
 
 
 def test_a_locked_image_that_is_gone(me: Desk, daemon: Daemon, publisher: Publisher) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
@@ -18,15 +19,28 @@ import pytest
 
 from support import images
 from support.daemon import Client, Daemon, running_daemon
-from support.fusetools import NOBODY, session, until
+from support.fusetools import NOBODY, Session, session, until
 from support.publishing import Publisher, env_json, make_squashfs
 from support.readers import readers
 from support.supervised import group_of, wait_gone
+from support.users import ordinary_user
 
 pytestmark = pytest.mark.usefixtures("node")
 
 MOUNT_POINT = "/user-environment"
-EXTRA = "worker: {{user: nobody, grace: 60s, count: 2}}\nfuse: {{resend: {resend}}}\n"
+EXTRA = "worker: {{user: nobody, grace: {grace}, count: 2}}\nfuse: {{resend: {resend}}}\n"
+POISON = """
+import os
+import uenvd.fuse.channel as channel
+work = channel.Channel._work
+def _work(self, slot):
+    if bytes(slot.buffer[40:slot.length]).startswith(b'poison') and slot.attempts < 3:
+        slot.begin()
+        os._exit(3)
+    return work(self, slot)
+channel.Channel._work = _work
+"""
+"""``sitecustomize`` of an image's processes."""
 FILES = {f"file{number}": images.content((number % 7 + 1) * 40_000, number) for number in range(60)}
 SUMS = {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()}
 PROCESSES = 4
@@ -36,12 +50,12 @@ SIZES = [len(FILES[name]) for name in sorted(FILES)]
 
 
 def _size() -> tuple[int, int]:
-    processes, _slash, daemons = os.environ.get("UENVD_KILLS", "16/2").partition("/")
+    processes, _slash, daemons = os.environ.get("UENVD_KILLS", "12/2").partition("/")
     return int(processes), int(daemons or 0)
 
 
 @contextmanager
-def serving(public_dir: Path, *, resend: str = "on", extra: str = "") -> Iterator[Daemon]:
+def serving(public_dir: Path, *, resend: str = "on", grace: str = "60s", extra: str = "") -> Iterator[Daemon]:
     """A daemon with an image ``app/1.0`` in its registry; everything is gone at the end."""
     registry = f"oci-layout:{public_dir / 'registry'}"
     image = make_squashfs(
@@ -49,10 +63,15 @@ def serving(public_dir: Path, *, resend: str = "on", extra: str = "") -> Iterato
     )
     Publisher(registry).push(image, "app/1.0", "v1")
     groups: set[int] = set()
-    with running_daemon(public_dir / "uenvd", registry, extra=EXTRA.format(resend=resend) + extra) as daemon:
+    with running_daemon(
+        public_dir / "uenvd", registry, extra=EXTRA.format(resend=resend, grace=grace) + extra
+    ) as daemon:
         daemon.groups = groups  # type: ignore[attr-defined]
         try:
             yield daemon
+        except BaseException:
+            print(daemon.log[-20_000:])
+            raise
         finally:
             for group in groups:
                 try:
@@ -131,6 +150,122 @@ def test_the_next_daemon_adopts_what_it_finds(daemon: Daemon, number: signal.Sig
             drop = f"[os.posix_fadvise(os.open('{MOUNT_POINT}/' + name, 0), 0, 0, 4) for name in sorted(os.listdir('{MOUNT_POINT}'))]"
             inside.eval(drop)
             assert inside.eval(READ_ALL) == other.eval(READ_ALL) == SIZES
+
+
+def mounts_held(pgid: int) -> int:
+    """Return how many detached mounts the processes of an image hold: descriptors of the root of a tree."""
+    held = 0
+    for pid in group_of(pgid):
+        with suppress(FileNotFoundError):  # a standby that was replaced meanwhile
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(FileNotFoundError):
+                    held += os.readlink(link) == "/"
+    return held
+
+
+@contextmanager
+def newcomer(daemon: Daemon) -> Iterator[Session]:
+    """A further user, whatever connection he gets."""
+    with daemon.client() as client:
+        lease = client.ask("mount", uenv="app/1.0")["lease"]
+        assert client.ask("wait", lease=lease)["ok"]
+        daemon.groups.update(map(os.getpgid, daemon.workers()))  # type: ignore[attr-defined]
+        with session(NOBODY, client.descriptors[0], MOUNT_POINT) as inside:
+            yield inside
+
+
+def image_of(user: Session) -> int:
+    """Return the device number of the connection that a user has."""
+    number: int = user.eval(f"os.stat('{MOUNT_POINT}').st_dev")
+    return number
+
+
+def test_adoption_after_the_grace_time_leaves_users_their_image(public_dir: Path) -> None:
+    """Without a mount nobody new can come to the connection; its users stay, others get one of their own."""
+    with (
+        serving(public_dir, grace="0.3s") as daemon,
+        mounted(daemon) as client,
+        session(NOBODY, client.descriptors[0], MOUNT_POINT) as inside,
+    ):
+        pgid = healed(daemon)[0]
+        assert mounts_held(pgid) > 0
+        daemon.kill()
+        client.close()
+        until(lambda: not mounts_held(pgid), "the grace time is over")
+        daemon.start()
+        with newcomer(daemon) as other:
+            assert other.eval(READ_ALL) == inside.eval(READ_ALL) == SIZES
+            assert image_of(other) != image_of(inside)
+
+
+def test_image_evicted_while_it_is_adopted(daemon: Daemon) -> None:
+    """Its users' leases died with the former daemon; the lock that its processes hold keeps it in the cache."""
+    with mounted(daemon) as client, session(NOBODY, client.descriptors[0], MOUNT_POINT) as inside:
+        healed(daemon)
+        daemon.kill()
+        client.close()
+        daemon.start()
+        refused = daemon.ask("evict", uenv="app/1.0")
+        assert refused["error"]["code"] == "in-use"
+        assert inside.eval(READ_ALL) == SIZES
+        with newcomer(daemon) as other:
+            assert other.eval(READ_ALL) == SIZES
+
+
+def test_supervisor_of_another_version_is_left_to_its_users(
+    public_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_version = public_dir / "other"
+    other_version.mkdir()
+    (other_version / "sitecustomize.py").write_text(
+        "from uenvd import handover\nhandover.SUPERVISOR_VERSION = 99\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(other_version))
+    with (
+        serving(public_dir) as daemon,
+        mounted(daemon) as client,
+        session(NOBODY, client.descriptors[0], MOUNT_POINT) as inside,
+    ):
+        healed(daemon)
+        daemon.kill()
+        client.close()
+        monkeypatch.delenv("PYTHONPATH")
+        daemon.start()
+        assert "speaks version 99" in daemon.log
+        assert daemon.ask("status")["images"] == []
+        with newcomer(daemon) as other:
+            assert other.eval(READ_ALL) == inside.eval(READ_ALL) == SIZES
+            assert image_of(other) != image_of(inside)
+
+
+def test_request_that_kills_its_workers_is_an_error_for_its_user_only(
+    public_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harm = public_dir / "harm"
+    harm.mkdir()
+    (harm / "sitecustomize.py").write_text(POISON)
+    monkeypatch.setenv("PYTHONPATH", str(harm))
+    with serving(public_dir) as daemon, mounted(daemon) as client:
+        monkeypatch.delenv("PYTHONPATH")
+        with session(NOBODY, client.descriptors[0], MOUNT_POINT) as user:
+            assert user.eval(f"os.listdir('{MOUNT_POINT}/poison')") == {"errno": errno.EIO}
+            assert user.eval(READ_ALL) == SIZES
+            counted = 'uenvd_takeovers_total{what="worker"} 3'
+            until(lambda: counted in daemon.ask("metrics")["text"], "the deaths are counted")
+
+
+def test_own_file_of_a_user_is_served_whoever_is_killed(daemon: Daemon, public_dir: Path) -> None:
+    """It was opened with that user's rights; the processes that serve it have others, and never open it again."""
+    image = public_dir / "app.squashfs"
+    image.chmod(0o400)
+    with ordinary_user(public_dir) as owner, daemon.client() as client:
+        os.chown(image, owner.uid, owner.gid)
+        answer = client.ask("mount", uenv=f"{image}:{MOUNT_POINT}", uid=owner.uid)
+        assert client.ask("wait", lease=answer["lease"])["ok"]
+        with session(owner.uid, client.descriptors[0], MOUNT_POINT) as user:
+            for victim in range(PROCESSES):
+                os.kill(healed(daemon)[1:][victim], signal.SIGKILL)
+                assert user.eval(READ_ALL) == SIZES
 
 
 @pytest.mark.parametrize("resend", ["on", "off"])

@@ -187,6 +187,8 @@ def main() -> None:
             return os.pread(fh, size, offset)
 
         async def write(self, fh: int, offset: int, data: bytes) -> int:
+            if (server / BROKEN).exists():
+                raise pyfuse3.FUSEError(errno.EIO)
             if os.fstat(fh).st_nlink == 0:
                 raise pyfuse3.FUSEError(errno.ESTALE)
             try:
@@ -198,6 +200,8 @@ def main() -> None:
             os.close(fh)
 
         async def fsync(self, fh: int, datasync: bool) -> None:
+            if (server / BROKEN).exists():
+                raise pyfuse3.FUSEError(errno.EIO)
             os.fsync(fh)
 
         async def fsyncdir(self, fh: int, datasync: bool) -> None:
@@ -248,6 +252,9 @@ def main() -> None:
 
         async def link(self, inode: int, parent: int, name: bytes, ctx: Any) -> Any:
             path = self.paths[parent] / os.fsdecode(name)
+            self.names.setdefault(parent, set()).add(name)
+            if os.lstat(self.paths[inode]).st_ino != inode:
+                raise pyfuse3.FUSEError(errno.ESTALE)  # LINK names a file handle, not a name
             self.attempt(ctx, lambda: os.link(self.paths[inode], path))
             return self.attributes(path)
 

@@ -143,6 +143,7 @@ class Publisher:
         stock: bool = False,
         architecture: str | None = None,
         layer_digest: str | None = None,
+        created: str = "2026-11-01T00:00:00Z",
     ) -> str:
         """Push ``name/version`` under tags; return the manifest's digest. ``stock``: as plain `oras push` does, no metadata."""
         name, _slash, version = label.partition("/")
@@ -168,7 +169,7 @@ class Publisher:
         else:
             data = ImageConfig(meta=image_meta(image), architecture=architecture).encode()
             config = self.remote.push_bytes(repository, data, CONFIG_TYPE)
-        raw = build_manifest(layer, config, {}, created="2026-11-01T00:00:00Z")
+        raw = build_manifest(layer, config, {}, created=created)
         for tag in tags:
             self.remote.push_manifest(repository, tag, raw)
         return digest_of(raw)

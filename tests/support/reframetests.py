@@ -82,6 +82,31 @@ UNLOADABLE = HEAD + "import no_such_module\n"
 
 CRASHES = HEAD + "import os\nos._exit(77)\n"
 
+MEASURES = (
+    HEAD
+    + """
+@rfm.simple_test
+class Measures(rfm.RunOnlyRegressionTest):
+    valid_systems = ['*']
+    valid_prog_environs = ['+speaks', '+plain']
+    executable = 'echo rate: {rate} MB/s, word $(say 2>/dev/null || echo none)'
+    reference = {
+        'demo': {'rate': ({rate}, -0.05, None, 'MB/s')},
+        'other': {'rate': (50, -0.05, None, 'MB/s')},
+    }
+
+    @sanity_function
+    def said(self):
+        word = 'none' if self.current_environ.name == 'host' else '{word}'
+        return sn.assert_found('word ' + word, self.stdout)
+
+    @performance_function('MB/s')
+    def rate(self):
+        return sn.extractsingle('rate: ([0-9.]+) MB', self.stdout, 1, float)
+"""
+)
+"""The same test with the image and on the plain host, with references for two systems."""
+
 ENVIRONMENTS = """\
 default:
   features: [speaks]
@@ -98,11 +123,12 @@ def image_with_tests(
     *,
     environments: str | None = ENVIRONMENTS,
     default_view: Mapping[str, str] | None = None,
+    files: Mapping[str, str] | None = None,
     **tests: str,
 ) -> Path:
     """Make an image with a program `say` and with these tests (file name without .py -> source).
 
-    ``default_view``: variables of one more view that is loaded where nobody names a view.
+    ``default_view``: variables of one more view that is loaded where nobody names a view. ``files``: further files.
     """
     values = {
         "list": {"PATH": [{"op": "prepend", "value": ["/user-environment/bin"]}]},
@@ -114,12 +140,13 @@ def image_with_tests(
     meta = json.loads(env_json(name, views=views))
     if default_view is not None:
         meta["default-view"] = "hostile"
-    files: dict[str, bytes | str] = {
+    contents: dict[str, bytes | str] = {
         "bin/say": f"#!/bin/sh\necho {word}\n",
         "python/json.py": "raise SystemExit('the wrong json')\n",
     }
     if environments is not None:
-        files["meta/extra/reframe.yaml"] = environments
+        contents["meta/extra/reframe.yaml"] = environments
     for test, source in tests.items():
-        files[f"meta/extra/reframe/{test}.py"] = source.replace("{word}", word)
-    return make_squashfs(path, files, meta=json.dumps(meta).encode())
+        contents[f"meta/extra/reframe/{test}.py"] = source.replace("{word}", word)
+    contents |= files or {}
+    return make_squashfs(path, contents, meta=json.dumps(meta).encode())

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 from urllib.parse import parse_qs, quote, urlsplit
 
 USER = "alice"
@@ -164,6 +164,10 @@ class FakeRegistry:
         """``auth``: none, basic, bearer. ``page``: longest list in one answer. ``tls``: (certificate, key)."""
         self.auth = auth
         self.referrers_api = referrers_api
+        self.deletes: Literal["", "digests", "tags"] = "tags"
+        """Whether it deletes nothing, manifests by their digests only, or tags, too."""
+        self.tag_takes_manifest = False
+        """Deleting a tag deletes what it names."""
         self.page = page
         self.blobs: dict[str, bytes] = {}
         self.manifests: dict[str, dict[str, tuple[str, bytes]]] = {}
@@ -176,6 +180,8 @@ class FakeRegistry:
         self.identity_token: str | None = None
         self.upload_host = ""
         """Scheme and host that uploads are sent to; empty for this one."""
+        self.sent_bytes = 0
+        """Of all bodies so far, as announced; roughly, when several threads send."""
         self.stopping = threading.Event()
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -204,6 +210,10 @@ class FakeRegistry:
         self._server.close_connections()
         self._server.server_close()
         self._thread.join(5)
+
+    def hang_up(self) -> None:
+        """Break all connections, in the middle of whatever they carry."""
+        self._server.close_connections()
 
     def spoil(self, path: str, **how: Any) -> Spoil:
         """Add a rule; the first that matches a request counts."""
@@ -298,6 +308,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._serve()
 
     def do_PUT(self) -> None:
+        self._serve()
+
+    def do_DELETE(self) -> None:
         self._serve()
 
     def _serve(self) -> None:
@@ -446,12 +459,32 @@ class _Handler(BaseHTTPRequestHandler):
                 headers["OCI-Subject"] = parsed["subject"]["digest"]
             self._answer(201, b"", headers | {"Docker-Content-Digest": digest, "Location": self.path})
             return
+        if self.command == "DELETE":
+            self._delete(repository, reference)
+            return
         digest = registry.tags.get(repository, {}).get(reference, reference)
         media_type, raw = registry.manifests.get(repository, {}).get(digest, ("", b""))
         if not raw:
             self._refuse(404, "MANIFEST_UNKNOWN")
         else:
             self._answer(200, raw, {"Content-Type": media_type, "Docker-Content-Digest": digest})
+
+    def _delete(self, repository: str, reference: str) -> None:
+        """Delete a tag or a manifest with its tags, as far as `FakeRegistry.deletes` says."""
+        registry = self.registry
+        tags = registry.tags.get(repository, {})
+        by_digest = reference.startswith("sha256:")
+        if not registry.deletes or (not by_digest and registry.deletes != "tags"):
+            self._refuse(405, "UNSUPPORTED")
+        elif by_digest:
+            known = registry.manifests.get(repository, {}).pop(reference, None)
+            registry.tags[repository] = {tag: digest for tag, digest in tags.items() if digest != reference}
+            self._answer(202 if known else 404, b"", {})
+        else:
+            named = tags.pop(reference, None)
+            if named and registry.tag_takes_manifest:
+                registry.manifests[repository].pop(named, None)
+            self._answer(202 if named else 404, b"", {})
 
     def _referrers(self, repository: str, digest: str, query: dict[str, str]) -> None:
         if not self.registry.referrers_api:
@@ -540,6 +573,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(body, spoil)
 
     def _send(self, body: bytes, spoil: Spoil) -> None:
+        self.registry.sent_bytes += len(body)
         for limit in (spoil.truncate_bytes, spoil.stall_bytes):
             if limit is not None and limit < len(body):
                 body = body[:limit]

@@ -83,12 +83,14 @@ class Parent:
         self.mount = mount
         return spare
 
-    def start(self, image: int | None = None, *, env: Mapping[str, str] | None = None) -> None:
+    def start(
+        self, image: int | None = None, *, slots_lost: bool = False, env: Mapping[str, str] | None = None
+    ) -> None:
         """Start a supervisor with what there is; with ``negotiated`` of the last state, if any."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "uenvd.fuse.supervisor", str(theirs.fileno())],
+                [sys.executable, "-m", "uenvd.fuse.supervise", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
@@ -100,7 +102,7 @@ class Parent:
         named += [("mount", spare) for spare in self.spares]
         if image is not None:
             named.append(("image", image))
-        fields: dict[str, Any] = {"duty": self.duty.to_wire()}
+        fields: dict[str, Any] = {"duty": self.duty.to_wire(), "slots_lost": slots_lost}
         if self.state is not None:
             fields["negotiated"] = self.state.negotiated
         send_message(
@@ -110,6 +112,12 @@ class Parent:
         for spare in self.spares:
             os.close(spare)
         self.spares = []
+
+    def forget_slots(self) -> None:
+        """Have new ones, as a daemon to which nobody gave the old ones."""
+        os.close(self.slots)
+        self.slots = os.memfd_create("slots", os.MFD_CLOEXEC)
+        os.ftruncate(self.slots, Slots.size_bytes(self.duty.workers * SLOTS_PER_WORKER))
 
     def listen_again(self) -> None:
         """Listen anew at the same place, as a parent does before it starts another supervisor."""

@@ -10,9 +10,9 @@ from uenvd.ctl import lockfile, output
 from uenvd.ctl.arguments import FLAG, Arguments, parse
 from uenvd.ctl.client import REGISTRY_ANSWER_S, Client, socket_path
 from uenvd.ctl.image_inspect import inspect_file, tests_text
-from uenvd.ctl.packages import packages_of
 from uenvd.errors import NotFound, ProtocolError, RegistryError, RegistryUnreachable
 from uenvd.label import Description, parse_description
+from uenvd.packages import packages_of
 
 HELP = """\
 usage: uenvctl diff [--files] UENV UENV

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from uenvd.ctl import output
 from uenvd.ctl.arguments import FLAG, parse
@@ -16,7 +18,8 @@ HELP = """\
 usage: uenvctl job ID
 
 Show which images, by digest, the steps of a Slurm job used. Every node remembers the jobs that ran on it: ask on one of
-the job's nodes. You see your own jobs; root sees all.
+the job's nodes. You see your own jobs; root sees all. For a task of an array (123_4) or a component of a heterogeneous
+job (123+1) squeue or sacct is asked for its number.
 
   --json         {"job": N, "steps": [...]}, see docs/json.md
   --no-header    only the rows
@@ -24,6 +27,7 @@ the job's nodes. You see your own jobs; root sees all.
 
 examples:
   uenvctl job 31415
+  uenvctl job 31415_7
   srun --jobid=31415 --overlap uenvctl job 31415           while it runs
   srun -w "$(sacct -XnPj 31415 -o NodeList)" -N1 -n1 uenvctl job 31415
 """
@@ -33,6 +37,9 @@ TAKES = ()
 
 _STEPS = {-5 % 2**32: "batch", -4 % 2**32: "extern", -6 % 2**32: "interactive"}
 """Step ids that are no numbers (slurm/slurm.h: SLURM_BATCH_SCRIPT, SLURM_EXTERN_CONT, SLURM_INTERACTIVE_STEP)."""
+
+_MEMBER: Final = re.compile("[1-9][0-9]{0,9}[_+][0-9]{1,10}")
+_SLURM_S: Final = 10.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,12 +73,36 @@ def job_id(text: str) -> int:
     number = text.partition(".")[0]
     if number.isascii() and number.isdigit() and 0 < int(number) < 2**32:
         return int(number)
-    if any(sign in text for sign in "_+"):
-        # Tasks of an array and components of a heterogeneous job are jobs, with numbers that the text does not tell.
-        raise UsageError(
-            f"'{text}' is not the number of one job", hint=f"its number: sacct -XnPj {text} -o JobIDRaw"
-        )
+    if _MEMBER.fullmatch(number):
+        return _member_id(number)
     raise UsageError(f"'{text}' is no job id", hint="a job id is a number: squeue --me")
+
+
+def _member_id(text: str) -> int:
+    """Return the number of a task of an array or of a component, which is a job with a number that the text does not tell."""
+    for command in (
+        ("squeue", "-h", "-t", "all", "-o", "%A", "-j", text),
+        ("sacct", "-XnPj", text, "-o", "JobIDRaw"),
+    ):
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                errors="replace",
+                timeout=_SLURM_S,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        numbers = done.stdout.split()
+        if done.returncode == 0 and len(numbers) == 1 and re.fullmatch("[1-9][0-9]{0,9}", numbers[0]):
+            return int(numbers[0])
+    raise UsageError(
+        f"neither squeue nor sacct knows the number of job {text}",
+        hint=f"the whole job: uenvctl job {re.split('[_+]', text)[0]}",
+    )
 
 
 def _row(step: Mapping[str, Any]) -> tuple[str, ...]:

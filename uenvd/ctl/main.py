@@ -19,6 +19,8 @@ COMMANDS = {
     "image inspect": "image_inspect",
     "image pull": "image_pull",
     "image evict": "image_evict",
+    "image pin": "image_pin",
+    "image unpin": "image_unpin",
     "diff": "diff",
     "lock": "lock",
     "job": "job",
@@ -46,6 +48,8 @@ Scientific software environments for your shell.
   image inspect UENV           description, views, size, tests of an image
   image pull UENV              fetch an image to this node before it is needed
   image evict UENV             remove an image from this node (root)
+  image pin UENV               keep an image on this node though nobody uses it (root)
+  image unpin UENV             let it go again when there is no room (root)
   diff UENV UENV               what is different between two images
 
   lock UENV                    note in uenv.lock which bytes a label means today

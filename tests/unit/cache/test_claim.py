@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -157,3 +158,22 @@ def test_of_two_who_find_it_dead_one_gets_it(path: Path, monkeypatch: pytest.Mon
     winner[0].check()
     winner[0].release()
     assert os.listdir(path.parent) == []
+
+
+def test_a_claim_given_back_while_the_disk_was_broken_is_free_at_once_when_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.claim"
+    held = HeartbeatClaim(path, CacheUser(), Watch(), renewed=False)
+
+    def broken(*_args: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as trouble:
+        trouble.setattr(claim, "look_at", broken)
+        held.release()
+    assert path.exists()
+    again = HeartbeatClaim(path, CacheUser(), Watch(), renewed=False)
+    assert not again.inherited
+    again.release()
+    assert not path.exists()

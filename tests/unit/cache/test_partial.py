@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 import threading
@@ -178,3 +179,91 @@ def test_bytes_outside_of_the_blob(tmp_path: Path) -> None:
                 partial.write_at(first, data)
         with pytest.raises(ValueError, match="not there"):
             partial.read_at(0, 1)
+
+
+# --- the end --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sleeper_does_not_publish_what_has_the_name_of_its_part_now(tmp_path: Path) -> None:
+    """It looked at its claim, slept, was replaced, and wakes up just before it publishes."""
+
+    class Sleeper(LostClaim):
+        def check(self) -> None:
+            (tmp_path / "blob.part").unlink()
+            (tmp_path / "blob.part").write_bytes(b"what a successor has so far")
+
+    partial = begin(tmp_path, Sleeper())
+    partial.write(DATA)
+    with pytest.raises(InUse, match="successor"):
+        partial.commit()
+    assert not (tmp_path / "blob").exists()
+    assert (tmp_path / "blob.part").read_bytes() == b"what a successor has so far"
+
+
+def test_a_blob_that_somebody_published_meanwhile_stays_the_same_file(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(DATA)
+    inode = (tmp_path / "blob").stat().st_ino
+    with begin(tmp_path) as partial:
+        partial.write(DATA)
+        partial.commit()
+    assert (tmp_path / "blob").stat().st_ino == inode, "who reads it on another node would get ESTALE"
+    assert received_bytes(tmp_path / "blob.part") == 0
+
+
+def test_a_crash_between_the_two_names_does_not_open_the_blob_for_writing(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(DATA)
+    os.link(tmp_path / "blob", tmp_path / "blob.part")
+    with begin(tmp_path) as partial:
+        assert partial.held_bytes == 0
+        partial.write(b"\0" * 100)
+    assert (tmp_path / "blob").read_bytes() == DATA
+
+
+def test_without_hard_links_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_args: object, **_more: object) -> None:
+        raise PermissionError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    with begin(tmp_path) as partial:
+        partial.write(DATA)
+        partial.commit()
+    assert (tmp_path / "blob").read_bytes() == DATA
+    assert [path.name for path in tmp_path.iterdir()] == ["blob"]
+
+
+def test_what_is_there_is_not_written_again(tmp_path: Path) -> None:
+    """A late answer with wrong bytes for a range that was hashed already would spoil a blob whose digest was right."""
+    with begin(tmp_path) as partial:
+        partial.write_at(0, DATA[:HALF])
+        partial.catch_up()
+        partial.write_at(HALF - 100, b"\xff" * 100 + DATA[HALF:])
+        partial.commit()
+    assert (tmp_path / "blob").read_bytes() == DATA
+
+
+def test_a_write_that_hangs_holds_nobody_up_and_keeps_the_claim_until_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+    pwrite = os.pwrite
+
+    def hanging(fd: int, data: bytes, at: int) -> int:
+        inside.set()
+        assert go_on.wait(20)
+        return pwrite(fd, data, at)
+
+    monkeypatch.setattr(os, "pwrite", hanging)
+    claim = LostClaim()
+    partial = begin(tmp_path, claim)
+    writer = threading.Thread(target=partial.write_at, args=(0, DATA[:HALF]))
+    writer.start()
+    try:
+        assert inside.wait(20)
+        assert partial.stuck_s >= 0.0
+        partial.keep()
+        assert not claim.released, "a successor would share the file with the writer"
+    finally:
+        go_on.set()
+        writer.join(20)
+    assert claim.released
+    assert partial.stuck_s == 0.0

@@ -130,3 +130,29 @@ def test_every_byte_comes_once_whatever_happens() -> None:
                     plan.give_back(task)
                     running.remove(task)
         assert plan.complete and brought == size
+
+
+def test_a_hint_comes_after_demands_and_before_the_rest_also_without_filling() -> None:
+    plan = Schedule(64 * MB, Ranges(), piece_bytes=16 * MB, connections=4, fill=False)
+    assert plan.take() is None
+    plan.hint(40 * MB, 41 * MB)
+    plan.demand(50 * MB, 51 * MB)
+    tasks = [plan.take(), plan.take(), plan.take()]
+    assert [(task.at, task.urgent) for task in tasks if task] == [(50 * MB, True), (40 * MB, False)]
+
+
+def test_demands_beside_each_other_are_all_fetched_at_once() -> None:
+    plan = Schedule(64 * MB, Ranges(), piece_bytes=16 * MB, connections=4, fill=False)
+    plan.demand(10 * MB, 11 * MB)
+    plan.demand(20 * MB, 21 * MB)
+    first, second = plan.take(urgent_only=True), plan.take(urgent_only=True)
+    assert first and second
+    assert (first.at, second.at) == (10 * MB, 20 * MB)
+
+
+def test_a_connection_that_brings_a_demand_anyway_does_not_give_way_to_it() -> None:
+    plan = Schedule(64 * MB, Ranges(), piece_bytes=16 * MB, connections=4)
+    task = plan.take()
+    assert task
+    plan.demand(CUT_BYTES // 2, CUT_BYTES)
+    assert task.hurry_until == CUT_BYTES

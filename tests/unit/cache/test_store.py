@@ -1,12 +1,15 @@
 import errno
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
+from uenvd.cache import store as store_module
+from uenvd.cache.directory import Directory
 from uenvd.cache.memory import KEPT_S
 from uenvd.cache.store import PART_KEPT_S, UNUSED_KEPT_S, Store
 from uenvd.errors import DigestMismatch, InUse, NotFound, StorageError, StorageFull
@@ -409,3 +412,42 @@ def test_a_cache_that_cannot_be_made_says_why(tmp_path: Path) -> None:
         Store(tmp_path / "none").begin(LAYER)
     with pytest.raises(StorageError):
         Store(tmp_path / "none").put_manifest(REPOSITORY, manifest(), LAYER, CONFIG)
+
+
+# --- a file system that hangs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_that_hangs_costs_one_thread_and_the_other_one_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = Directory(tmp_path / "shared", node="n")
+    store = Store(tmp_path / "local", shared)
+    store.prepare()
+    fill(Store(tmp_path / "local"))
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hanging(_digest: str) -> bool:
+        inside.set()
+        assert go_on.wait(20)
+        return False
+
+    monkeypatch.setattr(shared.blobs, "has", hanging)
+    monkeypatch.setattr(store_module, "HUNG_S", 0.0)
+    absent = "sha256:" + "0" * 64
+    asker = threading.Thread(target=store.has, args=(absent,))
+    asker.start()
+    try:
+        assert inside.wait(20)
+        assert not store.has(absent)
+        with pytest.raises(StorageError, match="does not answer"):
+            store.open(absent)
+        assert store.has(LAYER.digest), "the local one is in order"
+        with store.begin(Descriptor("x", absent, 10)) as partial:
+            assert partial.path.is_relative_to(tmp_path / "local")
+            partial.abort()
+    finally:
+        go_on.set()
+        asker.join(20)
+    with store.begin(Descriptor("x", absent, 10)) as partial:
+        assert partial.path.is_relative_to(shared.root), "with the trouble gone it is used again"
+        partial.abort()

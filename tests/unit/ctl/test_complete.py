@@ -49,7 +49,7 @@ def offered(line: str) -> list[str]:
         ("nonsense ", ["(words)"]),
         ("image nonsense ", ["(words)"]),
         ("help st", ["(words)", "start", "status"]),
-        ("help image p", ["(words)", "pull"]),
+        ("help image p", ["(words)", "pull", "pin"]),
         ("help run ", ["(words)"]),
         ("run ", ["(words)", "app/1:v1", "app/2:v1"]),
         ("run app/2", ["(words)", "app/2:v1"]),

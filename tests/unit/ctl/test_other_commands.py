@@ -46,10 +46,57 @@ def test_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "\x1b" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "x", "", "1_2", "1+0", str(2**32), "١"])
+@pytest.mark.parametrize("text", ["0", "-1", "x", "", "1_", "1_x", "1_2_3", str(2**32), "١"])
 def test_what_is_no_job(text: str) -> None:
     with pytest.raises(UsageError):
         job_id(text)
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "number"),
+    [
+        ("echo 77", "exit 1", 77),
+        ("exit 1", "echo 88", 88),
+        ("echo", "echo 99", 99),
+        ("echo 1 2", "echo x", None),
+        (None, None, None),
+    ],
+)
+@pytest.mark.parametrize("text", ["31415_7", "31415+1", "31415_7.batch"])
+def test_number_of_a_task_of_an_array(
+    text: str,
+    squeue: str | None,
+    sacct: str | None,
+    number: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, body in (("squeue", squeue), ("sacct", sacct)):
+        if body is not None:
+            (tmp_path / name).write_text(
+                f'#!/bin/sh\ncase "$*" in *{text.partition(".")[0]}*) {body};; *) exit 9;; esac\n'
+            )
+            (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if number is not None:
+        assert job_id(text) == number
+        return
+    with pytest.raises(UsageError, match="neither squeue nor sacct"):
+        job_id(text)
+
+
+def test_pin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = {"pin": [{"ok": True}]}
+    status, requests = run(tmp_path, ["image", "pin", "app/1"], script)
+    assert (status, requests) == (0, [{"v": 1, "op": "pin", "uenv": "app/1", "pin": True}])
+    assert capsys.readouterr() == ("", "uenvctl: app/1 stays in the cache\n")
+    status, requests = run(tmp_path, ["image", "unpin", "app/1", "--json"], script)
+    assert (status, requests) == (0, [{"v": 1, "op": "pin", "uenv": "app/1", "pin": False}])
+    assert json.loads(capsys.readouterr().out) == {"schema_version": 1, "label": "app/1", "pinned": False}
+    assert run(tmp_path, ["image", "pin", "./x.squashfs"], script)[0] == 66
+    for command in ("pin", "unpin"):
+        assert main(["image", command, "--help"]) == 0
+        assert f"usage: uenvctl image {command} UENV" in capsys.readouterr().out
 
 
 def test_evict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
