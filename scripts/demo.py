@@ -104,7 +104,7 @@ class Demo:
             )
         self.digest = done.stdout.strip()
         check(done.returncode == 0 and self.digest.startswith("sha256:"), "the registry has it", done.stderr)
-        check("6 of 6 tests passed" in done.stderr, "ReFrame's jobs passed, on two nodes", done.stderr)
+        check("8 of 8 tests passed" in done.stderr, "ReFrame's jobs passed, on two nodes", done.stderr)
         done = self.shell(
             f"uenvd-publish show {UENV}:v1 --system {SYSTEM} --uarch {UARCH}",
             {"UENVD_REGISTRY": self.registry},
@@ -290,7 +290,7 @@ class Demo:
         ):
             self.release()
         with step("What is there?"):
-            done = self.shell("uenvctl image find")
+            done = self.shell("uenvctl image ls")
             check(
                 done.returncode == 0 and "python-sci/2026.11" in done.stdout,
                 "the image is listed",
