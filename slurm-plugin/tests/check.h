@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/types.h>
 
 struct test {
     const char *name;
@@ -23,6 +24,9 @@ extern const char *vectors_dir;
 struct json_object *read_vectors(const char *name);
 /* A fresh directory of this run, removed at its end. */
 const char *scratch_dir(void);
+
+/* fork(), for a process with one thread: the child ends with the run, also when the run is killed. */
+pid_t test_fork(void);
 
 /* The next allocation but `count` (from 0) of the code under test fails; -1: none does. */
 extern long fail_allocation;

@@ -2,6 +2,7 @@
 
 #include "check.h"
 
+#include <signal.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -105,7 +106,7 @@ static void *serve(void *argument)
     return NULL;
 }
 
-void daemon_start(struct fake_daemon *daemon, const struct act *const *scripts, int count)
+void daemon_listen(struct fake_daemon *daemon, const struct act *const *scripts, int count)
 {
     static char path[108];
     static int number;
@@ -122,7 +123,22 @@ void daemon_start(struct fake_daemon *daemon, const struct act *const *scripts, 
     daemon->listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     CHECK(bind(daemon->listener, (struct sockaddr *)&address, sizeof address) == 0);
     CHECK(listen(daemon->listener, 1) == 0);
+}
+
+/* The threads inherit that no signal reaches them: none of their calls ends with EINTR. */
+void daemon_serve(struct fake_daemon *daemon)
+{
+    sigset_t all, before;
+    sigfillset(&all);
+    CHECK(pthread_sigmask(SIG_SETMASK, &all, &before) == 0);
     CHECK(pthread_create(&daemon->thread, NULL, serve, daemon) == 0);
+    CHECK(pthread_sigmask(SIG_SETMASK, &before, NULL) == 0);
+}
+
+void daemon_start(struct fake_daemon *daemon, const struct act *const *scripts, int count)
+{
+    daemon_listen(daemon, scripts, count);
+    daemon_serve(daemon);
 }
 
 void daemon_join(struct fake_daemon *daemon)

@@ -43,6 +43,12 @@ struct fake_daemon {
 
 /* Start with one script for each connection to come, in order. */
 void daemon_start(struct fake_daemon *daemon, const struct act *const *scripts, int count);
+/*
+ * The same in two halves: clients can connect after the first, the second begins its threads. A test that forks does so in between: a thread
+ * that allocates while another forks leaves the child a locked allocator, in which LeakSanitizer would wait for ever.
+ */
+void daemon_listen(struct fake_daemon *daemon, const struct act *const *scripts, int count);
+void daemon_serve(struct fake_daemon *daemon);
 /* Wait until all scripts were played, and close everything. */
 void daemon_join(struct fake_daemon *daemon);
 /* End it although nobody came for some scripts. */

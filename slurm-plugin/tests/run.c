@@ -7,6 +7,7 @@
 #include <json-c/json.h>
 #include <limits.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 const char *vectors_dir;
@@ -15,6 +16,7 @@ const char *mounted;
 
 static struct test *tests;
 static const char *skipped;
+static const char *running = "";
 static char scratch[80];
 
 void *__real_malloc(size_t size);
@@ -91,15 +93,41 @@ const char *scratch_dir(void)
     return scratch;
 }
 
-static int open_descriptors(void)
+static int entries(const char *path)
 {
     int count = 0;
-    DIR *directory = opendir("/proc/self/fd");
-    CHECK(directory != NULL);
+    DIR *directory = opendir(path);
+    CHECK_IN(directory != NULL, path);
     while (readdir(directory))
         count++;
     closedir(directory);
     return count;
+}
+
+static int open_descriptors(void)
+{
+    return entries("/proc/self/fd");
+}
+
+pid_t test_fork(void)
+{
+    CHECK(entries("/proc/self/task") == 3); /* ".", ".." and this thread */
+    pid_t parent = getpid();
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0 && (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || getppid() != parent))
+        _exit(127);
+    return child;
+}
+
+static void time_is_up(int number)
+{
+    static const char before[] = "time is up in the test ", after[] = "\n";
+    if (write(STDERR_FILENO, before, sizeof before - 1) < 0 || write(STDERR_FILENO, running, strlen(running)) < 0 ||
+        write(STDERR_FILENO, after, sizeof after - 1) < 0)
+        _exit(1);
+    signal(number, SIG_DFL);
+    raise(number);
 }
 
 static int remove_entry(const char *path, const struct stat *status, int kind, struct FTW *where)
@@ -117,6 +145,8 @@ int main(int argc, char **argv)
     }
     vectors_dir = argv[1];
     signal(SIGPIPE, SIG_DFL);
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    signal(SIGALRM, time_is_up);
     alarm(120);
     const char *temporary = getenv("TMPDIR");
     int length = snprintf(scratch, sizeof scratch, "%s/uenvd-plugin-XXXXXX", temporary ? temporary : "/tmp");
@@ -126,6 +156,7 @@ int main(int argc, char **argv)
             continue;
         int before = open_descriptors();
         skipped = NULL;
+        running = test->name;
         test->run();
         fail_allocation = -1;
         mounted = NULL;

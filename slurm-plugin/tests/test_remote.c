@@ -70,13 +70,13 @@ static void prepare(const char *guard, const char *state, const char *env)
 static int step_with(const struct act *const *scripts, int count, const char *option, void (*check)(void))
 {
     static char socket_argument[200];
-    daemon_start(&daemon_, scripts, count);
+    daemon_listen(&daemon_, scripts, count);
     snprintf(socket_argument, sizeof socket_argument, "socket=%s", daemon_.settings.socket);
     static char peer[32];
     snprintf(peer, sizeof peer, "peer_uid=%u", geteuid());
     char *arguments[] = {socket_argument, "timeout_ms=400", "silence_ms=400", peer};
     fake.log_fd = memfd_create("log", MFD_CLOEXEC);
-    pid_t child = fork();
+    pid_t child = test_fork();
     if (child == 0) {
         close(daemon_.listener);
         CHECK(slurm_spank_init(NULL, 4, arguments) == 0);
@@ -93,6 +93,7 @@ static int step_with(const struct act *const *scripts, int count, const char *op
 #endif
         _exit(RAN);
     }
+    daemon_serve(&daemon_);
     int status;
     CHECK(waitpid(child, &status, 0) == child);
     daemon_cancel(&daemon_);
@@ -534,11 +535,11 @@ TEST(waiting_task_dies_of_sigterm)
     /* As in slurmstepd: blocked when the task begins. It is sent before it waits, and delivered once it does. */
     sigprocmask(SIG_BLOCK, &blocked, &old);
     const struct act *const *scripts = WAITS("");
-    daemon_start(&daemon_, scripts, 2);
+    daemon_listen(&daemon_, scripts, 2);
     static char socket_argument[200];
     snprintf(socket_argument, sizeof socket_argument, "socket=%s", daemon_.settings.socket);
     char *arguments[] = {socket_argument, "silence_ms=5000"};
-    pid_t child = fork();
+    pid_t child = test_fork();
     if (child == 0) {
         close(daemon_.listener);
         CHECK(slurm_spank_init(NULL, 2, arguments) == 0);
@@ -548,6 +549,7 @@ TEST(waiting_task_dies_of_sigterm)
         slurm_spank_task_init(NULL, 2, arguments);
         _exit(RAN);
     }
+    daemon_serve(&daemon_);
     int status;
     CHECK(waitpid(child, &status, 0) == child);
     sigprocmask(SIG_SETMASK, &old, NULL);
