@@ -15,6 +15,7 @@ from typing import Final
 
 import yaml
 
+from uenvd import own
 from uenvd import yamlfile as y
 from uenvd.errors import ConfigError, LabelError, UenvError
 from uenvd.label import Label, parse_namespaced_label
@@ -111,6 +112,8 @@ class SignatureConfig:
     """Namespaces of which only signed images are used."""
     keys: Path = Path("/etc/uenvd/keys")
     """Directory of the public keys (``*.pub``) that are believed."""
+    tags: bool = False
+    """Whether a signature must name the tag by which an image is asked for (one that moves, ``latest``, excepted)."""
 
 
 MAX_CONNECTIONS: Final = 32
@@ -125,7 +128,7 @@ class ServingConfig:
 
     transport: str = "auto"
     """One of `TRANSPORTS`; ``auto`` is ``channel``."""
-    readahead_bytes: int = 1 << 20
+    readahead_bytes: int = 512 << 10
     resend: bool = True
     """Ask the kernel (Linux 6.9) for requests whose slots are lost: a second net."""
     workers: int | None = None
@@ -145,6 +148,8 @@ class Limits:
     mounts: int = 256
     files: int = 32
     """Of these, mounts of the user's own files: each has a process of its own."""
+    memory_bytes: int = 24 << 30
+    """What the processes of these files may take together; each file counts as the most that its processes can."""
     pulls: int = 8
     """Images that are on their way to the node because of him."""
 
@@ -164,7 +169,7 @@ class Config:
     cache: CacheConfig = field(default_factory=CacheConfig)
     access: tuple[AccessRule, ...] = ()
     signatures: SignatureConfig = field(default_factory=SignatureConfig)
-    sources: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=lambda: {own.NAMESPACE: own.SOURCE})
     """Name -> directory of users' own images; ``%h`` and ``%u`` in it are the user's home and name."""
     resolve_ttl_s: float = 60.0
     resolve_deadline_s: float = 2.5
@@ -293,8 +298,9 @@ def parse(text: str, name: str, check_registry: Callable[[str], object] = str) -
         signatures=SignatureConfig(
             required=signatures.take("required", y.words, ()),
             keys=signatures.take("keys", y.path, SignatureConfig.keys),
+            tags=signatures.take("tags", y.truth, SignatureConfig.tags),
         ),
-        sources=top.take("sources", _sources, {}),
+        sources=top.take("sources", _sources, {own.NAMESPACE: own.SOURCE}),
         resolve_ttl_s=resolve.take("ttl", y.seconds, Config.resolve_ttl_s),
         resolve_deadline_s=resolve.take("deadline", y.seconds, Config.resolve_deadline_s),
         mount_points=mounts.take("points", y.paths, Config.mount_points),
@@ -324,6 +330,7 @@ def parse(text: str, name: str, check_registry: Callable[[str], object] = str) -
             connections=limits.take("connections", y.count, Limits.connections),
             mounts=limits.take("mounts", y.count, Limits.mounts),
             files=limits.take("files", y.count, Limits.files),
+            memory_bytes=limits.take("memory", y.size, Limits.memory_bytes),
             pulls=limits.take("pulls", y.count, Limits.pulls),
         ),
     )

@@ -11,8 +11,9 @@ EOF at the parent means that the worker ended. Names of descriptors:
 **A supervisor with its workers** (``python -m uenvd.fuse.supervise N``): `Message`s in both directions, for as long as either likes. It
 outlives the daemon; the next one connects to its socket and says ``hello``. From the daemon:
   ``begin``    the `Duty` (and ``negotiated``, when INIT was answered by a predecessor; ``slots_lost`` true, when the slots are not that
-               one's: then the kernel is asked to send again what it had in hand), with the descriptors ``fuse``, ``slots`` (shared
-               memory for requests), ``adopt`` (a listening socket), ``mntns``, and any number of ``mount``
+               one's: then the kernel is asked to send again what it had in hand; ``file``, which file of the user's own it served:
+               no other is opened), with the descriptors ``fuse``, ``slots`` (shared
+               memory for requests; absent: nobody else needs them), ``adopt`` (a listening socket), ``mntns``, and any number of ``mount``
   ``image``    serve it; descriptor ``image``. With ``board`` and ``reads`` (`uenvd.fuse.arrival`) it is still arriving; such an image may
                be followed by another file of the same one
   ``have``     the board has changed
@@ -217,7 +218,8 @@ class SupervisorState:
     """How it goes."""
 
     phase: str
-    """``attending`` (answers for an image that is not there yet), ``starting``, ``serving``, ``failed`` (the report says why), ``ended``."""
+    """``attending`` (answers for an image that is not there yet), ``starting``, ``serving``, ``failed`` (the report says why), ``refusing``
+    (likewise, but it had users: they get EIO to the end), ``ended``, ``abandoned``."""
     pid: int
     workers: tuple[int, ...] = ()
     standby: int | None = None
@@ -229,6 +231,10 @@ class SupervisorState:
     """What INIT agreed on; None before."""
     arriving: bool = False
     """The image is served from a file that is not complete yet."""
+    slots_lost: bool = False
+    """The kernel has not been asked yet for what was in hand when the former slots were lost."""
+    file: tuple[int, ...] | None = None
+    """Which file of the user's own is served: device, inode, size in bytes, mtime and ctime in ns. None for an image of the cache."""
 
     def to_wire(self) -> dict[str, Any]:
         """Return the JSON object."""
@@ -250,6 +256,8 @@ class SupervisorState:
                 mounts=int(value["mounts"]),
                 negotiated=negotiated,
                 arriving=bool(value.get("arriving", False)),
+                slots_lost=bool(value.get("slots_lost", False)),
+                file=None if value.get("file") is None else tuple(map(int, value["file"])),
             )
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise ProtocolError(f"malformed state of a supervisor: {error}") from error

@@ -29,6 +29,7 @@ CLONE_NEWNS = 0x0002_0000
 CLONE_NEWUTS = 0x0400_0000
 CLONE_NEWIPC = 0x0800_0000
 CLONE_NEWUSER = 0x1000_0000
+CLONE_NEWPID = 0x2000_0000
 CLONE_NEWNET = 0x4000_0000
 
 MNT_DETACH = 2
@@ -156,6 +157,11 @@ def mount_tmpfs(
     data = f"mode={mode:o},size={size_bytes}".encode()
     flags = _MS_NOSUID | _MS_NODEV | (0 if executable else _MS_NOEXEC)
     _mount(source.encode(), path, b"tmpfs", flags, data)
+
+
+def mount_proc(path: PathLike) -> None:
+    """Mount the processes of this PID namespace at ``path``. Raises `OSError`: EPERM where parts of /proc are hidden, as in containers."""
+    _mount(b"proc", path, b"proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, None)
 
 
 def bind_recursive(source: PathLike, target: PathLike) -> None:
@@ -298,10 +304,10 @@ def _context_log(context: int) -> str:
     return "; ".join(line[2:] if line[1:2] == " " else line for line in lines if line)
 
 
-def map_self(uid: int, gid: int) -> None:
-    """Map one uid and one gid, identically, in the user namespace that this process has just made.
+def map_self(uid: int, gid: int, *, shown_uid: int | None = None, shown_gid: int | None = None) -> None:
+    """Map one uid and one gid, identically or to what they are shown as, in the user namespace that this process has just made.
 
-    The ids are those from before `unshare`. No privilege is needed. Other groups keep their rights but show as nobody.
+    ``uid`` and ``gid`` are those from before `unshare`. No privilege is needed. Other groups keep their rights but show as nobody.
     Raises `MountFailed`.
     """
     with _explained(
@@ -310,7 +316,11 @@ def map_self(uid: int, gid: int) -> None:
     ):
         directory = os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            _write_maps(directory, f"{uid} {uid} 1\n", f"{gid} {gid} 1\n")
+            inner_uid, inner_gid = (
+                (uid if shown_uid is None else shown_uid),
+                (gid if shown_gid is None else shown_gid),
+            )
+            _write_maps(directory, f"{inner_uid} {uid} 1\n", f"{inner_gid} {gid} 1\n")
         finally:
             os.close(directory)
 

@@ -76,6 +76,8 @@ _OPTIONAL_FIELDS: Final[Mapping[str, type | tuple[type, ...]]] = {
     "view": str,
     "cwd": str,
     "uid": int,
+    "gid": int,
+    "groups": list,
     "job": (dict, int),
     "refresh": bool,
     "remembered": bool,
@@ -112,6 +114,9 @@ class Request(NamedTuple):
     view: str | None = None
     cwd: str | None = None
     uid: int | None = None
+    gid: int | None = None
+    groups: tuple[int, ...] | None = None
+    """With ``uid``, from root: the user's ids as the asker knows them, so that nobody has to look them up."""
     job: tuple[int, int] | None = None
     """Job id and step id, for the log and `status`."""
     refresh: bool = False
@@ -145,8 +150,13 @@ def parse_request(frame: Frame) -> Request:
     for name in _OPERATIONS[op]:
         if name not in fields:
             raise ProtocolError(f"{op}: {name!r} is missing")
-    if fields.get("uid", 0) < 0 or fields.get("uid", 0) >= 2**32 - 1:
-        raise ProtocolError(f"{op}: 'uid' is out of range")
+    for name in ("uid", "gid"):
+        if name in fields and not _is_id(fields[name]):
+            raise ProtocolError(f"{op}: {name!r} is out of range")
+    if "groups" in fields:
+        if not all(type(one) is int and _is_id(one) for one in fields["groups"]):
+            raise ProtocolError(f"{op}: 'groups' is no list of group ids")
+        fields["groups"] = tuple(fields["groups"])
     job = fields.pop("job", None)
     if op == "job":
         if not isinstance(job, int) or isinstance(job, bool) or not 0 < job < 2**32:
@@ -160,6 +170,10 @@ def parse_request(frame: Frame) -> Request:
             raise ProtocolError(f"{op}: 'job' needs the numbers 'id' and 'step'")
         fields["job"] = numbers
     return Request(op=op, **fields)
+
+
+def _is_id(number: int) -> bool:
+    return 0 <= number < 2**32 - 1
 
 
 def request(op: str, **fields: Any) -> Frame:  # noqa: ANN401

@@ -109,6 +109,10 @@ class Section:
         """Return the mapping under a key, empty if it is not there."""
         return Section(self.file, f"{self.prefix}{key}.", self.node(key), self.line_of(key), self._dialect)
 
+    def part(self, name: str, node: yaml.Node) -> Section:
+        """Return a mapping that is an item of a list of this section; ``name`` is what messages call it."""
+        return Section(self.file, f"{self.prefix}{name}.", node, line_of(node), self._dialect)
+
     def take(self, key: str, convert: Callable[[yaml.Node], T], default: T | None) -> T:
         """Return a converted value, or the default. A ValueError of the conversion becomes the dialect's error."""
         node = self.node(key)

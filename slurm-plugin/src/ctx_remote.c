@@ -113,6 +113,9 @@ static bool mount_images(const struct plugin *plugin, spank_t spank, enum step_k
     request.view = wish->view;
     request.cwd = wish->directory;
     request.uid = step.user.uid;
+    request.gid = step.user.gid;
+    request.groups = step.user.groups;
+    request.group_count = (size_t)step.user.group_count;
     request.job = job;
     request.step = number;
     if (!wish->resolved && !resolve_here(plugin, spank, kind, request, wish, failure))

@@ -49,11 +49,31 @@ static bool add_number(struct json_object *object, const char *key, int64_t numb
     return number < 0 || add(object, key, json_object_new_int64(number));
 }
 
+/* Of more groups the frame might become too long; then uenvd looks them up. */
+#define MAX_GROUPS 512
+
+static bool add_groups(struct json_object *frame, const struct request *request)
+{
+    if (request->gid < 0 || request->group_count > MAX_GROUPS)
+        return true;
+    struct json_object *groups = json_object_new_array();
+    if (!groups || !add(frame, "groups", groups) || !add_number(frame, "gid", request->gid))
+        return false;
+    for (size_t i = 0; i < request->group_count; i++) {
+        struct json_object *group = json_object_new_int64(request->groups[i]);
+        if (!group || json_object_array_add(groups, group) < 0) {
+            json_object_put(group);
+            return false;
+        }
+    }
+    return true;
+}
+
 static bool fill(struct json_object *frame, const struct request *request)
 {
     if (!add_number(frame, "v", VERSION) || !add_text(frame, "op", request->op) || !add_text(frame, "uenv", request->uenv) ||
         !add_text(frame, "view", request->view) || !add_text(frame, "cwd", request->cwd) ||
-        !add_text(frame, "lease", request->lease) || !add_number(frame, "uid", request->uid))
+        !add_text(frame, "lease", request->lease) || !add_number(frame, "uid", request->uid) || !add_groups(frame, request))
         return false;
     if (request->submit && !add(frame, "submit", json_object_new_boolean(true)))
         return false;

@@ -10,6 +10,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 struct json_object;
 
@@ -22,12 +23,15 @@ struct request {
     const char *cwd;
     const char *lease; /* wait */
     int64_t uid;       /* -1: left out */
+    int64_t gid;       /* -1: left out, with the groups */
+    const gid_t *groups;
+    size_t group_count;
     int64_t job;       /* -1: left out, with the step */
     int64_t step;
     bool submit;       /* resolve: for a job that is being submitted */
 };
 
-#define REQUEST_EMPTY {NULL, NULL, NULL, NULL, NULL, -1, -1, -1, false}
+#define REQUEST_EMPTY {.uid = -1, .gid = -1, .job = -1, .step = -1}
 
 char *request_encode(const struct request *request, struct failure *failure);
 

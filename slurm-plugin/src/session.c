@@ -3,6 +3,8 @@
 #include "choice.h"
 
 #include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,6 +14,8 @@
 
 #define SOURCE_PREFIX "uenvd:"
 #define DIGEST_PREFIX "sha256:"
+/* Every srun reads the table, so in few and large pieces; stdio takes 1 kB at a time of files in /proc. */
+#define PIECE_BYTES ((size_t)16 * 1024)
 #define DIGEST_LENGTH (sizeof DIGEST_PREFIX - 1 + 64)
 
 /* ---- mountinfo */
@@ -74,6 +78,19 @@ static bool add_mount(struct session *session, char *source, char *mount)
     return true;
 }
 
+/* Whether root or the user himself has made a FUSE mount. Any user may have fusermount3 make one with whatever source he likes, which all others
+ * see; whose it is the kernel tells (fs/fuse/inode.c: fuse_show_options). */
+static bool is_believed(const char *options)
+{
+    static const char key[] = "user_id=";
+    while (options && strncmp(options, key, sizeof key - 1)) {
+        options += strcspn(options, ", \n");
+        options = *options == ',' ? options + 1 : NULL;
+    }
+    unsigned long owner = options ? strtoul(options + sizeof key - 1, NULL, 10) : 0;
+    return options && (owner == 0 || owner == getuid());
+}
+
 static bool parse_line(const char *line, struct session *session)
 {
     const char *end = line + strcspn(line, "\n");
@@ -85,7 +102,8 @@ static bool parse_line(const char *line, struct session *session)
     if (!point)
         return false;
     forget_mount(session, point);
-    if (source && !strncmp(type, "fuse", 4) && !strncmp(source, SOURCE_PREFIX, sizeof SOURCE_PREFIX - 1))
+    if (source && !strncmp(type, "fuse", 4) && !strncmp(source, SOURCE_PREFIX, sizeof SOURCE_PREFIX - 1) &&
+        is_believed(nth_field(source, 1)))
         return add_mount(session, field_text(source + sizeof SOURCE_PREFIX - 1), point);
     free(point);
     return true;
@@ -107,18 +125,42 @@ bool session_parse(const char *text, struct session *session, struct failure *fa
     return true;
 }
 
+/* The rest of a file as a text to be freed; NULL: no memory. */
+static char *read_all(int file)
+{
+    char *text = NULL;
+    size_t size = 0, used = 0;
+    for (;;) {
+        if (size - used < PIECE_BYTES) {
+            size = 2 * size + 2 * PIECE_BYTES;
+            char *grown = realloc(text, size);
+            if (!grown) {
+                free(text);
+                return NULL;
+            }
+            text = grown;
+        }
+        ssize_t got = read(file, text + used, size - used - 1);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0)
+            break;
+        used += (size_t)got;
+    }
+    text[used] = '\0';
+    return text;
+}
+
 bool session_read(struct session *session, struct failure *failure)
 {
     *session = (struct session)SESSION_NONE;
-    FILE *file = fopen("/proc/self/mountinfo", "re");
-    if (!file)
+    int file = open("/proc/self/mountinfo", O_RDONLY | O_CLOEXEC);
+    if (file < 0)
         return true;
-    char *text = NULL;
-    size_t size = 0;
-    /* To the first NUL, which the file does not hold: all of it. */
-    bool fine = getdelim(&text, &size, '\0', file) < 0 || session_parse(text, session, failure);
+    char *text = read_all(file);
+    bool fine = text ? session_parse(text, session, failure) : failure_memory(failure);
     free(text);
-    fclose(file);
+    close(file);
     return fine;
 }
 

@@ -19,6 +19,12 @@ static int64_t number_at(struct json_object *object, const char *key)
 
 static struct request request_of(struct json_object *args)
 {
+    static gid_t groups[8];
+    struct json_object *given = json_object_object_get(args, "groups");
+    size_t count = given ? json_object_array_length(given) : 0;
+    CHECK(count <= sizeof groups / sizeof *groups);
+    for (size_t i = 0; i < count; i++)
+        groups[i] = (gid_t)json_object_get_int64(json_object_array_get_idx(given, i));
     return (struct request){
         .op = text_at(args, "op"),
         .uenv = text_at(args, "uenv"),
@@ -26,6 +32,9 @@ static struct request request_of(struct json_object *args)
         .cwd = text_at(args, "cwd"),
         .lease = text_at(args, "lease"),
         .uid = number_at(args, "uid"),
+        .gid = number_at(args, "gid"),
+        .groups = groups,
+        .group_count = count,
         .job = number_at(args, "job"),
         .step = number_at(args, "step"),
         .submit = json_object_get_boolean(json_object_object_get(args, "submit")),
@@ -78,6 +87,25 @@ TEST(requests_that_cannot_be_sent)
     CHECK(line && strlen(line) <= MAX_REQUEST_BYTES);
     free(line);
     free(large);
+}
+
+TEST(too_many_groups_are_left_for_uenvd_to_look_up)
+{
+    static gid_t groups[513];
+    for (size_t count = 512; count <= 513; count++) {
+        struct request request = REQUEST_EMPTY;
+        request.op = "mount";
+        request.uenv = "a";
+        request.uid = request.gid = 1;
+        request.groups = groups;
+        request.group_count = count;
+        struct failure failure = FAILURE_NONE;
+        char *line = request_encode(&request, &failure);
+        CHECK(line && strstr(line, "\"uid\":1"));
+        CHECK((strstr(line, "\"groups\":") != NULL) == (count == 512));
+        CHECK((strstr(line, "\"gid\":1") != NULL) == (count == 512));
+        free(line);
+    }
 }
 
 static void check_event(const struct reply *reply, struct json_object *expect)

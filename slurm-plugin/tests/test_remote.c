@@ -122,7 +122,10 @@ static void start_bare_step(void)
 {
     fake_reset(S_CTX_REMOTE);
     fake.uid = 12345;
-    fake.gid = 12345;
+    fake.gid = 12346;
+    fake.groups[0] = 12346;
+    fake.groups[1] = 12347;
+    fake.group_count = 2;
     fake_setenv("SLURMD_NODENAME", "node9");
 }
 
@@ -184,6 +187,8 @@ TEST(step_gets_its_image)
     CHECK_TEXT(asked(0, "uenv"), "\"app/1@sha256:aa:/m\"");
     CHECK_TEXT(asked(0, "view"), "\"default\"");
     CHECK_TEXT(asked(0, "uid"), "12345");
+    CHECK_TEXT(asked(0, "gid"), "12346");
+    CHECK_TEXT(asked(0, "groups"), "[12346,12347]");
     CHECK_TEXT(asked(0, "job"), "{\"id\":7,\"step\":0}");
     sees_nothing();
 }

@@ -2,13 +2,15 @@
 #include "check.h"
 #include "session.h"
 
+#include <unistd.h>
+
 static const char table[] =
     "22 1 0:21 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
     "40 22 0:50 / /user-environment ro,nosuid,nodev,relatime master:3 - fuse.uenvd uenvd:sha256:"
     "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef ro,user_id=0\n"
     "41 22 0:51 / /data rw,relatime - nfs4 server:/uenvd:x rw\n"
-    "42 40 0:52 / /user-environment/a\\040b ro - fuse.uenvd uenvd:/home/ada/x.squashfs ro\n"
-    "43 22 0:53 / /hidden ro - fuse.uenvd uenvd:sha256:aa ro\n"
+    "42 40 0:52 / /user-environment/a\\040b ro - fuse.uenvd uenvd:/home/ada/x.squashfs ro,user_id=0,group_id=0\n"
+    "43 22 0:53 / /hidden ro - fuse.uenvd uenvd:sha256:aa ro,user_id=0\n"
     "44 22 0:54 / /hidden rw - tmpfs tmpfs rw\n"
     "45 22 0:55 / /forged rw - tmpfs uenvd:sha256:bb rw\n";
 
@@ -32,6 +34,32 @@ TEST(mounted_images_are_found)
     CHECK_TEXT(session.items[1].mount, "/user-environment/a b");
     check_text_owned(session_describe(&session), "@" DIGEST ":/user-environment,/home/ada/x.squashfs:/user-environment/a b");
     session_free(&session);
+}
+
+TEST(mounts_of_other_users_are_not_believed)
+{
+    /* What `fusermount3 -o fsname=uenvd:sha256:...` of somebody leaves in everybody's table. */
+    const struct {
+        const char *options;
+        bool ours;
+        unsigned owner;
+    } cases[] = {
+        {"rw,user_id=", true, 0},
+        {"user_id=", true, getuid()},
+        {"rw,user_id=", false, getuid() + 77},
+        {"rw,group_id=", false, 0},
+        {"rw,xuser_id=", false, 0},
+        {"rw", false, 0},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct session session;
+        struct failure failure = FAILURE_NONE;
+        char text[160];
+        snprintf(text, sizeof text, "40 22 0:50 / /m ro - fuse.uenvd uenvd:x %s%u\n", cases[i].options, cases[i].owner);
+        CHECK(session_parse(text, &session, &failure));
+        CHECK_IN((session.count == 1) == cases[i].ours, text);
+        session_free(&session);
+    }
 }
 
 TEST(tables_without_images_or_sense)

@@ -325,8 +325,8 @@ TEST(variable_goes_before_what_a_job_passes_on)
 #define DIGITS "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
 #define OTHER_DIGITS "fedcba9876543210fedcba9876543210fedcba9876543210fedcba9876543210"
 
-static const char one_mounted[] = "40 22 0:50 / /m ro - fuse.uenvd uenvd:sha256:" DIGITS " ro\n";
-static const char other_mounted[] = "40 22 0:50 / /m ro - fuse.uenvd uenvd:sha256:" OTHER_DIGITS " ro\n";
+static const char one_mounted[] = "40 22 0:50 / /m ro - fuse.uenvd uenvd:sha256:" DIGITS " ro,user_id=0\n";
+static const char other_mounted[] = "40 22 0:50 / /m ro - fuse.uenvd uenvd:sha256:" OTHER_DIGITS " ro,user_id=0\n";
 
 /* The program decides between salloc and sbatch by its own name. */
 static int allocate(const char *program, const struct act *script, const char *uenv)

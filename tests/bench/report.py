@@ -118,6 +118,34 @@ def spread(results: Results) -> str:
     return "\n".join(lines)
 
 
+class OtherMeasureError(Exception):
+    """Results that were measured of another image, or on another machine."""
+
+
+def merged(directory: Path, results: Results, about: dict[str, Any]) -> tuple[Results, dict[str, Any]]:
+    """Return ``results`` and ``about`` with the rows that only `write` has left in the directory. Raises `OtherMeasureError`.
+
+    Rows may be measured in several runs: what is compared lies within one row.
+    """
+    try:
+        former = json.loads((directory / "serving.json").read_text())
+    except FileNotFoundError:
+        return results, about
+    for fact in ("image", "kernel", "cores", "python"):
+        if former["about"].get(fact) != about.get(fact):
+            raise OtherMeasureError(
+                f"{directory} holds results of another {fact}: {former['about'].get(fact)}"
+            )
+    measured = {row for figures in results.values() for row in figures}
+    found: Results = {}
+    for server in dict.fromkeys([*former["figures"], *results]):
+        figures = former["figures"].get(server, {})
+        found[server] = {row: values for row, values in figures.items() if row not in measured}
+        found[server].update(results.get(server, {}))
+    rounds = min((len(values) for figures in found.values() for values in figures.values()), default=0)
+    return found, {**former["about"], **about, "rounds": rounds}
+
+
 def write(directory: Path, results: Results, about: dict[str, Any], servers: dict[str, str | None]) -> None:
     """Write ``serving.json``, ``serving.md`` and, where matplotlib is installed, ``serving.svg``."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
 """How fast an image is served: kernel squashfs, squashfuse_ll and both transports of uenvd, interleaved in one run: `make bench`.
 
     serving.py [--rounds N] [--rows WORD,...] [--servers NAME,...] [--image FILE] [--no-fragments] [--uid N]
-               [--out DIRECTORY]
+               [--out DIRECTORY] [--add]
 
 ``--rows``: groups (warm walk small small8 large import import8 compile full) or parts of row names. Needs root.
 `docs/performance.md` says what the rows mean. Writes ``serving.json``, ``serving.md`` and ``serving.svg``; a run of some rows or servers
-only prints, unless ``--out`` is given.
+only prints, unless ``--out`` is given. ``--add`` keeps what the directory holds of the rows that are not measured now, so that all rows
+can be measured in several runs.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from servers import PROGRAM, SERVERS, cached_share, forget, mounted  # noqa: E40
 
 RESULTS = HERE.parents[1] / "bench/results"
 UENVCTL_RUNS = 15
+START_UP = "uenvctl run FILE true, ms"
 
 
 def build(source: str, directory: Path, *options: str) -> Path:
@@ -124,6 +126,7 @@ def main() -> int:
     parser.add_argument(
         "--uid", type=int, default=0, help="who walks and reads (imports and compiles are root's)"
     )
+    parser.add_argument("--add", action="store_true", help="keep the rows there that are not measured now")
     parser.add_argument("--spread", action="store_true", help="also print lowest and highest figures")
     options = parser.parse_args()
     if os.geteuid() != 0:
@@ -159,9 +162,14 @@ def main() -> int:
             print(report.spread(results))
         for verdict in report.verdicts(results):
             print(verdict)
-        if options.out or not (options.rows or options.servers or options.image):
-            facts["uenvctl run FILE true, ms"] = round(statistics.median(start_up(image)), 1)
-            report.write(options.out or RESULTS, results, facts, there)
+        if options.out or options.add or not (options.rows or options.servers or options.image):
+            directory = options.out or RESULTS
+            if options.add:
+                results, facts = report.merged(directory, results, facts)
+            if START_UP not in facts:
+                facts[START_UP] = round(statistics.median(start_up(image)), 1)
+            shown = {name: there.get(name) for name in SERVERS if name in results or name in there}
+            report.write(directory, results, facts, shown)
     return 0
 
 

@@ -14,6 +14,9 @@ from support import images
 from support.fusetools import open_to_all
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
+sys.path.append(str(BENCH))
+
+import report  # noqa: E402
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the benchmark mounts as root")
@@ -78,3 +81,22 @@ def test_ratios_are_those_of_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None
     table = report.table(results, {"kernel": None, "channel-2": None, "pyfuse3": "why"})
     assert "| warm stat, us | 2 | 4 | not there | 1.20 of kernel (<= 1.3) |" in table
     assert "**0.66 of kernel (<= 0.65) MISS**" in table
+
+
+def test_rows_of_several_runs_make_one_result(tmp_path: Path) -> None:
+    about = {"image": "i", "kernel": "k", "cores": 2, "python": "3", "rounds": 2}
+    first = {
+        "kernel": {"warm stat": [1.0, 2.0]},
+        "channel-2": {"warm stat": [2.0, 2.0], "cold large files": [9.0, 9.0]},
+    }
+    report.write(tmp_path, first, {**about, "noted": "once"}, dict.fromkeys(first))
+    second = {
+        "kernel": {"cold large files": [4.0, 4.0, 4.0]},
+        "channel-2": {"cold large files": [2.0, 2.0, 2.0]},
+    }
+    results, facts = report.merged(tmp_path, second, {**about, "rounds": 3})
+    assert results["channel-2"] == {"warm stat": [2.0, 2.0], "cold large files": [2.0, 2.0, 2.0]}
+    assert report.ratio(results, "channel-2", "kernel", "warm stat") == 1.5
+    assert facts["rounds"] == 2 and facts["noted"] == "once"
+    with pytest.raises(report.OtherMeasureError, match="image"):
+        report.merged(tmp_path, second, {**about, "image": "another"})

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from support.building import (
 )
 from support.publishing import image_meta
 from support.users import TestUser, ordinary_user
-from uenvd.errors import AuditFailed, BuildFailed, DigestMismatch, UsageError
+from uenvd.errors import AuditFailed, BuildFailed, DigestMismatch
 from uenvd.publish.build import Built, build
 from uenvd.publish.recipe import load_recipe
 
@@ -134,31 +134,58 @@ def test_what_is_in_it(first: Built) -> None:
     assert "Number of fragments 0" in statistics
 
 
-def test_python_and_venv_work_inside(first: Built, user: TestUser, node: None) -> None:
-    """The mount point exists in the session only."""
-    environment = user.home / "venv"
-    script = (
-        f"set -e; tiny; command -v python3; python3 -m venv {environment}; {environment}/bin/pip --version; "
-        f"{environment}/bin/python3 -c 'import sys; print(sys.base_prefix)'; tr a-z A-Z < /etc/hostname > /dev/null; "
-        "python3 -c 'import sys; print([path for path in sys.path if path and not path.startswith(sys.argv[1])])' "
-        f"{MOUNT}"
-    )
+@pytest.fixture
+def inside(
+    first: Built, user: TestUser, node: None
+) -> Iterator[Callable[[str], subprocess.CompletedProcess[str]]]:
+    """Run a script in a session of the image; its mount point exists for the test only."""
     Path(MOUNT).mkdir(parents=True)
     try:
-        done = as_user(
+        yield lambda script: as_user(
             user, PROGRAMS / "uenvctl", "run", first.image, "--view", "default", "--", "bash", "-c", script,
-            UENVD_SOCKET="/nonexistent",
+            UENVD_SOCKET="/nonexistent", PATH=f"{PROGRAMS}:{os.defpath}",
         )  # fmt: skip
     finally:
         Path(MOUNT).rmdir()
         Path(MOUNT).parent.rmdir()
+
+
+def test_python_and_venv_work_inside(
+    inside: Callable[[str], subprocess.CompletedProcess[str]], user: TestUser
+) -> None:
+    environment = user.home / "venv"
+    done = inside(
+        f"set -e; tiny; command -v python3; python3 -m venv {environment}; {environment}/bin/pip --version; "
+        f"{environment}/bin/python3 -c 'import sys; print(sys.base_prefix)'; tr a-z A-Z < /etc/hostname > /dev/null; "
+        "python3 -c 'import sys; print([path for path in sys.path if path and not path.startswith(sys.argv[1])])' "
+        f"{MOUNT}; {environment}/bin/python -c 'import tiny' 2>&1 | tail -1"
+    )
     assert done.returncode == 0, done.stderr
-    said, program, pip, base, foreign = done.stdout.splitlines()
+    said, program, pip, base, foreign, alone = done.stdout.splitlines()
     assert said == "tiny says 42"
     assert program == f"{MOUNT}/env/default/bin/python3"
     assert pip.startswith("pip 23.") and str(environment) in pip
     assert base == f"{MOUNT}/python-3.11"
     assert foreign == "[]", "nothing of the host's Python is on the path"
+    assert alone == "ModuleNotFoundError: No module named 'tiny'", "of one's own means of one's own"
+
+
+def test_a_plain_venv_on_top_of_the_view(
+    inside: Callable[[str], subprocess.CompletedProcess[str]], user: TestUser, first: Built
+) -> None:
+    """It has the view's packages, the user's before them; outside it says which uenv to start."""
+    environment = user.home / "on-top"
+    use = f"{environment}/bin/python -c 'import tiny; print(tiny.__file__)'"
+    made = inside(f"python3 -m venv --system-site-packages --without-pip {environment} && {use}")
+    assert (made.returncode, made.stderr) == (0, "")
+    assert made.stdout == f"{MOUNT}/env/default/lib/python3.11/site-packages/tiny.py\n"
+    own = environment / "lib/python3.11/site-packages/tiny.py"
+    own.write_text("")
+    assert inside(use).stdout == f"{own}\n"
+    outside = as_user(user, f"{environment}/bin/python", "-c", "1")
+    assert outside.returncode == 93
+    assert f"python: this virtual environment needs the uenv {first.image}:{MOUNT}" in outside.stderr
+    assert f"hint: start it: uenvctl start --view=tiny:default {first.image}:{MOUNT}" in outside.stderr
 
 
 def test_built_once(first: Built, cache: Path) -> None:
@@ -218,9 +245,3 @@ def test_a_library_that_nothing_provides(wheel: Wheel, cache: Path, tmp_path: Pa
     with pytest.raises(BuildFailed, match=r"bin/needy needs libmissing\.so\.1") as caught:
         build(recipe, tmp_path / "out", cache=cache)
     assert "host-libraries" in caught.value.hint
-
-
-def test_recipes_of_stackinator_are_not_built(tmp_path: Path) -> None:
-    recipe = load_recipe(Path(__file__).resolve().parents[2] / "recipes/prgenv-gnu/23.11")
-    with pytest.raises(UsageError, match="Stackinator 2-4"):
-        build(recipe, tmp_path)

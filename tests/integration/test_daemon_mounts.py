@@ -100,7 +100,7 @@ def test_the_daemon_itself_shows_no_mount_on_the_node(daemon: Daemon, app: str) 
     with daemon.client() as client:
         lease = client.ask("mount", uenv="app/1.0")["lease"]
         client.ask("wait", lease=lease)
-        assert "uenvd:" not in Path("/proc/self/mountinfo").read_text()
+        assert f"uenvd:{app}" not in Path("/proc/self/mountinfo").read_text()
 
 
 def test_several_images_go_to_their_own_places_outer_first(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from support.cluster import missing, running_cluster
 from support.publishing import Publisher, simple_image
 from support.registry import FakeRegistry, docker_registry
 from uenvd.errors import ManifestError, NotFound
@@ -186,3 +187,45 @@ def test_what_protects_must_be_readable(tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*words, "--locked", str(tmp_path / "gone")]) == 66
     assert "must be readable" in capsys.readouterr().err
     assert main(["retire", "--keep", "0", "--system", "demo"]) == 66
+
+
+def test_jobs_in_a_real_queue_hold_their_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What Slurm itself says of a job that waits: its comment keeps an image from being retired, its age keeps one from being deleted."""
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    address = f"oci-layout:{tmp_path}/layout"
+    monkeypatch.setenv("UENVD_UARCH", "zen3")
+    remote, (one, two, _latest) = published(address, tmp_path)
+    words = ["retire", "--keep", "1", "--grace", "0", "--system", "demo", "--registry", address]
+
+    def decisions(*more: str) -> dict[str, str]:
+        capsys.readouterr()
+        assert main([*words, "--json", *more]) == 0
+        found = {}
+        for body in json.loads(capsys.readouterr().out)["images"]:
+            found[body["digest"]] = f"{body['action']}: {body['reason']}"
+        return found
+
+    with running_cluster(nodes=1) as cluster:
+        monkeypatch.setenv("SLURM_CONF", str(cluster.conf_file))
+        assert queue.read_queue() == queue.Queue(None, frozenset(), 0)
+        naming = cluster.submit("#!/bin/sh\ntrue\n", "--hold", f"--comment=uenv={two}")
+        there_now = queue.read_queue()
+        assert there_now is not None and there_now.jobs == 1
+        assert there_now.digests == {two}
+        assert there_now.oldest is not None and there_now.oldest <= datetime.now(UTC)
+        decided = decisions("--yes")
+        assert decided[one].startswith("retire: ")
+        assert decided[two] == "keep: a job in the queue names it"
+        # The job may hold the first one, too, by a digest that Slurm shows nobody: it is older than the retirement.
+        assert "is still there, from before it was retired" in decisions("--yes")[one]
+        assert there(remote, one) and there(remote, two)
+        cluster.scancel(str(naming))
+        cluster.wait_job(naming)
+        assert queue.read_queue() == queue.Queue(None, frozenset(), 0), "what has ended holds nothing"
+        decided = decisions("--yes")
+        assert decided[one].startswith("delete: ") and decided[two].startswith("retire: ")
+        assert not there(remote, one) and there(remote, two)

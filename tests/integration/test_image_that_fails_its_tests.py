@@ -129,7 +129,9 @@ def pipeline(node: None, pipeline_for_all: Pipeline) -> Iterator[Pipeline]:
         return all(state.startswith("Z") for state in states)  # zombies wait for init
 
     until(nothing_left, "the end of the user's processes")
-    assert "uenvd:" not in Path("/proc/self/mountinfo").read_text()
+    table = Path("/proc/self/mountinfo").read_text()
+    assert "/user-environment" not in [line.split()[4] for line in table.splitlines()]
+    assert str(pipeline_for_all.directory) not in table
 
 
 def test_a_passing_image_is_attested_by_digest(pipeline: Pipeline) -> None:

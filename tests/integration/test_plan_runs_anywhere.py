@@ -1,6 +1,6 @@
 """One plan run here, on a real Slurm cluster and through FirecREST: the same images, the same statuses; and nothing is done twice.
 
-``UENVD_TEST_PLAN=full``: six cells everywhere, each built for itself; else fewer, which share their builds.
+``UENVD_TEST_PLAN=full``: six cells of Python environments everywhere; else two of a small program.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from support.plans import (
     visible_images,
 )
 from support.registry import FakeRegistry
-from uenvd.errors import DispatchFailed
-from uenvd.publish.build import build
-from uenvd.publish.pipeline.stages import identify
-from uenvd.publish.plan import load_plan
+from uenvd.errors import DeployRefused, DispatchFailed
+from uenvd.oci.attach import META_TYPE, REFRAME_TYPE, attachments
+from uenvd.publish.provenance import LOG_TYPE, PROVENANCE_TYPE
+from uenvd.publish.sbom import SBOM_TYPE
 
 pytestmark = pytest.mark.usefixtures("node")
 FULL = os.environ.get("UENVD_TEST_PLAN") == "full"
@@ -41,35 +41,28 @@ FULL = os.environ.get("UENVD_TEST_PLAN") == "full"
 
 @pytest.fixture(scope="module")
 def site(node: None, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    directory = tmp_path_factory.mktemp("site")
+    if not FULL:
+        return make_site(directory, names=NAMES[:1], machines=(MACHINES[0], MACHINES[2]))
     reason = needed_packages()
     if reason:
         pytest.skip(f"needs Debian packages to build with: {reason}")
-    directory = tmp_path_factory.mktemp("site")
-    if FULL:
-        return make_site(directory)
-    site = make_site(directory, names=NAMES[:1], machines=(MACHINES[0], MACHINES[2]))
-    for cell in load_plan(site.config).cells[:1]:
-        recipe, tag = identify(cell)
-        build(recipe, directory / "seed" / tag, cache=directory / "cache")
-    return site
-
-
-@pytest.fixture
-def work(site: Site, tmp_path: Path) -> Path:
-    return seeded(site, tmp_path / "work")
-
-
-def seeded(site: Site, work: Path) -> Path:
-    """A working directory in which the builds are done, unless all is to be built."""
-    if not FULL:
-        shutil.copytree(site.directory / "seed", work / "images")
-    return work
+    return make_site(directory, python=True)
 
 
 @pytest.fixture
 def registry() -> Iterator[FakeRegistry]:
     with FakeRegistry() as registry:
         yield registry
+
+
+POLICY = """
+who: {ci: ["gitlab:hpc/uenv@main"]}
+tests: {required: [Runs], minimum: 1}
+evidence: [uenv/meta, uenv/sbom, uenv/provenance, uenv/log]
+"""
+JOB = {"GITLAB_CI": "true", "CI_PROJECT_PATH": "hpc/uenv", "CI_COMMIT_REF_NAME": "main"}
+"""What a CI job tells of itself: the policy holds for it wherever its stages run."""
 
 
 def finals(stdout: str) -> dict[str, str]:
@@ -89,14 +82,22 @@ def test_the_same_everywhere(site: Site, tmp_path: Path) -> None:
     reason = missing()
     if reason:
         pytest.skip(reason)
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(POLICY)
     seen = {}
     with running_cluster(nodes=1) as cluster, firecrest_double() as double:
         environs = {"local": {}, "slurm": cluster.environ(), "firecrest": double.variables()}
         for executor, env in environs.items():
-            work = seeded(site, tmp_path / executor)
+            work = tmp_path / executor
             words = ["--executor", executor, "--work", str(work), "--deploy", "v1", "--json", "--poll=0.3s"]
+            words += ["--policy", str(policy)]
             words += [f"--remote-dir={tmp_path}/remote", f"--remote-command={shlex.join(PROGRAM)}"]
             with FakeRegistry() as registry:
+                refused = site.run(registry.url, *words, env=env)
+                assert refused.returncode == DeployRefused.exit_status, refused.stderr
+                assert "may not: the policy names gitlab:hpc/uenv@main" in refused.stderr
+                assert registry.count("POST", "/blobs/uploads") == 0, "nothing was built for it"
+                env = {**env, **JOB}
                 done = site.run(registry.url, *words, env=env)
                 assert done.returncode == 0, done.stdout + done.stderr
                 cells = outcome(done.stdout)
@@ -117,9 +118,42 @@ def test_the_same_everywhere(site: Site, tmp_path: Path) -> None:
     assert seen["local"] == seen["slurm"] == seen["firecrest"]
 
 
-def test_one_that_fails_stops_only_itself(
-    site: Site, work: Path, registry: FakeRegistry, tmp_path: Path
-) -> None:
+def test_a_recipe_alone_gets_what_a_cell_gets(site: Site, registry: FakeRegistry, tmp_path: Path) -> None:
+    """The same image, the same attachments, whether a recipe is run or the plan that has it; and the policy holds there, too."""
+    system, uarch = site.machines[0]
+    done = site.run(registry.url, f"tiny@{system}%{uarch}", "--work", str(tmp_path / "work"), "--json")
+    assert done.returncode == 0, done.stderr
+    digest = outcome(done.stdout)[site.cells[0]]["digest"]
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(POLICY.replace("minimum: 1", "minimum: 9"))
+    with FakeRegistry() as other:
+        words = [
+            "recipes/tiny/1.0",
+            "--system",
+            system,
+            "--uarch",
+            uarch,
+            "--pipeline",
+            "7",
+            "--deploy",
+            "v1",
+        ]
+        done = site.run(other.url, *words, "--policy", str(policy), env=JOB)
+        assert done.returncode == DeployRefused.exit_status, done.stderr
+        assert "number of tests: 1 of its own, 9 needed" in done.stderr
+        place = f"build/{system}/{uarch}/tiny/1.0"
+        first, second = registry_of(registry.url), registry_of(other.url)
+        assert second.resolve(place, "7") == digest
+        assert second.tags(place.replace("build", "deploy")) == []
+        kinds = [
+            sorted(one.artifact_type for one in attachments(remote, place, digest))
+            for remote in (first, second)
+        ]
+        assert kinds[0] == kinds[1]
+        assert set(kinds[0]) == {META_TYPE, SBOM_TYPE, PROVENANCE_TYPE, LOG_TYPE, REFRAME_TYPE}
+
+
+def test_one_that_fails_stops_only_itself(site: Site, registry: FakeRegistry, tmp_path: Path) -> None:
     broken = tmp_path / "site"
     shutil.copytree(site.directory, broken, symlinks=True)
     config = json.loads((broken / "config.yaml").read_text())
@@ -133,7 +167,7 @@ def test_one_that_fails_stops_only_itself(
     (broken / "config.yaml").write_text(json.dumps(config))
     other = replace(site, directory=broken, names=("tiny",), machines=(("alpha", "zen3"), ("beta", "zen3")))
     junit = tmp_path / "junit.xml"
-    done = other.run(registry.url, "tiny", "--work", str(work), "--junit", str(junit))
+    done = other.run(registry.url, "tiny", "--work", str(tmp_path / "work"), "--junit", str(junit))
     assert "build-tiny/1.0-beta/zen3 failed: " in done.stderr, done.stderr
     assert "NOT_SET_ANYWHERE" in done.stderr
     assert "test-tiny/1.0-beta/zen3: skipped" in done.stderr

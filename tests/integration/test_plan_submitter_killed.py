@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from support.building import needed_packages
 from support.cluster import Cluster, missing, poll, running_cluster
 from support.plans import NAMES, Site, make_site, outcome
 from support.registry import FakeRegistry
-from uenvd.publish.build import build
-from uenvd.publish.pipeline.stages import identify
 from uenvd.publish.plan import load_plan
 
 pytestmark = pytest.mark.usefixtures("node")
@@ -23,7 +19,7 @@ DEADLINE_S = 120.0
 
 @pytest.fixture
 def cluster(node: None) -> Iterator[Cluster]:
-    reason = missing() or needed_packages()
+    reason = missing()
     if reason:
         pytest.skip(reason)
     with running_cluster(nodes=1) as cluster:
@@ -39,10 +35,7 @@ def jobs(cluster: Cluster) -> dict[str, str]:
 def test_jobs_survive_their_submitter(cluster: Cluster, tmp_path: Path) -> None:
     site: Site = make_site(tmp_path, names=NAMES[:1], machines=(("alpha", "zen3"),))
     (cell,) = load_plan(site.config).cells
-    recipe, tag = identify(cell)
     work = tmp_path / "work"
-    build(recipe, work / "images" / tag, cache=tmp_path / "cache")
-    shutil.copytree(work / "images", tmp_path / "seed")
     with FakeRegistry() as registry:
         words = site.words(registry.url, "--executor=slurm", f"--work={work}", "--poll=0.2s", "--json")
         first = cluster.popen(words, cwd=tmp_path)
@@ -60,7 +53,6 @@ def test_jobs_survive_their_submitter(cluster: Cluster, tmp_path: Path) -> None:
         assert jobs(cluster).keys() == submitted.keys()
 
     # Another registry has nothing of it: two new jobs, and a polite end.
-    shutil.copytree(tmp_path / "seed", work / "images", dirs_exist_ok=True)
     with FakeRegistry() as registry:
         words = site.words(registry.url, "--executor=slurm", f"--work={work}", "--poll=0.2s", "--json")
         second = cluster.popen(words, cwd=tmp_path)

@@ -46,7 +46,8 @@ def test_a_submission_begins_the_pull(public_dir: Path) -> None:
                 assert daemon.ask("resolve", uenv=UENV, submit=True)["ok"]
             wait_for(lambda: (shared / "blobs/sha256" / layer.removeprefix("sha256:")).exists())
             wait_for(lambda: len(daemon.ask("images")["records"]) == 1)
-            assert daemon.ask("resolve", uenv=UENV, submit=True)["images"][0]["cached"]
+            assert daemon.ask("resolve", uenv=UENV)["images"][0]["cached"]
+            assert daemon.ask("resolve", uenv=UENV, submit=True)["images"][0]["cached"] is None
             assert fake.count("GET", f"/blobs/{layer}") == 1
 
 

@@ -213,6 +213,34 @@ def test_junit_says_too_little_for_some_policies(site: Site) -> None:
     assert site.promote(0).returncode == 0
 
 
+def test_the_policy_holds_however_an_image_is_released(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``deploy`` with the policy, named by an option or by the site's variable, is as strict as ``promote``."""
+    site.policy.write_text("{who: {users: [nobody-else]}, tests: {minimum: 3}, min_age: 1d}")
+    digest = site.push(0)
+
+    def refused(*words: object) -> None:
+        done = site.run(*words)
+        assert (done.returncode, done.stdout) == (REFUSED, ""), done.stderr
+        for name in ("who", "number of tests", "age"):
+            assert f"REFUSED  {name}: " in done.stderr
+        assert site.remote.tags(DEPLOY) == []
+
+    refused("deploy", "app/1.0:0", "--tag", "v1", "--policy", site.policy)
+    refused("deploy", digest, "--tag", "v1", "--policy", site.policy)
+    monkeypatch.setenv("UENVD_POLICY", str(site.policy))
+    refused("deploy", "app/1.0:0", "--tag", "v1")
+    refused("promote", "app/1.0:0", "--tag", "v1")
+    monkeypatch.setenv("UENVD_POLICY", str(site.directory / "gone.yaml"))
+    done = site.run("deploy", "app/1.0:0", "--tag", "v1")
+    assert (done.returncode, "gone.yaml cannot be read" in done.stderr) == (66, True), done.stderr
+    monkeypatch.delenv("UENVD_POLICY")
+    done = site.run("promote", "app/1.0:0", "--tag", "v1")
+    assert (done.returncode, "no policy was named" in done.stderr) == (66, True), done.stderr
+    make_keys(site.directory / "release", site.directory / "release.pub")
+    assert site.good("deploy", "app/1.0:0", "--tag", "v1", "--sign", site.directory / "release") == digest
+    assert len(attachments(site.remote, DEPLOY, digest, SIGNATURE_TYPE)) == 1
+
+
 def test_who_may(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.policy.write_text("who: {users: [nobody-else], ci: ['gitlab:hpc/uenv@main']}")
     site.push(0)

@@ -26,7 +26,9 @@ from uenvd.oci import mirrors as mirrors_module
 from uenvd.oci import transport
 from uenvd.oci.credentials import Credential
 from uenvd.oci.manifest import Descriptor, digest_of
+from uenvd.oci.mirrors import MirroredRemote
 from uenvd.oci.reference import parse_registry
+from uenvd.oci.registry import RegistryRemote
 from uenvd.oci.remote import Remote, open_remote
 
 FAULTS = int(os.environ.get("UENVD_FAULTS", "60"))
@@ -34,6 +36,7 @@ SEED = int(os.environ.get("UENVD_FAULT_SEED", "1"))
 REPOSITORY = "deploy/demo/zen3/app/1.0"
 PIECE = 32 << 10
 DEADLINE_S = 8.0
+PATIENT_S = 5.0
 
 
 def fault(chance: random.Random) -> dict[str, Any]:
@@ -111,6 +114,18 @@ class Round:
             assert file.read() == self.data
 
 
+def wait_longer(remote: Remote) -> None:
+    """Have this client, with all that it remembers of the trouble, wait as long for an answer as clients do: a busy machine is no fault."""
+    if isinstance(remote, MirroredRemote):
+        for one in (remote._source, *(mirror.remote for mirror in remote._mirrors)):
+            wait_longer(one)
+    else:
+        assert isinstance(remote, RegistryRemote)
+        remote._http.timeout_read_s = PATIENT_S
+        for adapter in remote._http.session.adapters.values():
+            adapter._timeouts = (PATIENT_S, PATIENT_S)
+
+
 def test_random_faults(
     public_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -179,13 +194,13 @@ def test_random_faults(
                 for one in (fake, mirror):
                     one.spoils.clear()
                 monkeypatch.setattr(mirrors_module, "SKIP_S", 0.0)
-                end_s = time.monotonic() + 30
-                while (ended := round_.pull(remote, 20.0)) != "ok":
-                    # On a busy machine a sound answer, too, may take longer than the short timeout.
-                    late = ended == "registry-unreachable" and time.monotonic() < end_s
-                    assert late, f"the trouble is gone, and the request still fails: {ended}"
+                wait_longer(remote)
+                ended = round_.pull(remote, 20.0)
+                assert ended == "ok", f"the trouble is gone, and the request still fails: {ended}"
                 remote.close()
                 round_.check(there=True)
+                for directory in round_.store.writable:
+                    directory.sweep()  # a blob may have got its name at the moment at which the directory was lost
                 assert list((round_.store.root / "partial").iterdir()) == []
         place.clear()
     assert PASSWORD not in caplog.text and "token-" not in caplog.text

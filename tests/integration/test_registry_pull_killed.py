@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.registry import FakeRegistry
-from uenvd.cache.partial import received_bytes
+from uenvd.cache.partmap import received_bytes
 from uenvd.cache.pull import pull_blob
 from uenvd.cache.store import Store
 from uenvd.errors import InUse, StorageError, StorageFull

@@ -1,6 +1,7 @@
-"""A mounted image equals what unsquashfs makes of it, byte for byte and attribute for attribute, over each transport.
+"""A mounted image equals what unsquashfs makes of it, byte for byte and attribute for attribute, whoever serves it.
 
-A second transport joins by a name in ``TRANSPORTS`` and a branch in `support.fusetools.served`.
+``channel`` and ``pyfuse3`` are the transports as ``uenvd-fs`` has them, ``supervised`` is what the daemon starts: the channel with a supervisor,
+confined workers and the memory that they share. Another one joins by a name in ``SERVERS`` and a branch in `Serve`.
 """
 
 from __future__ import annotations
@@ -13,38 +14,68 @@ import stat
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from support import images
+from support.forkedfs import ForkedFs, forked_fs
 from support.fusetools import NOBODY, SOMEBODY, open_to_all, rss_bytes, run_as, served, session
 from support.minidaemon import mini_daemon
+from support.supervised import DUTY, group_of, supervised_at
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="test images hold devices and other users' files")
 
 TRANSPORTS = ("pyfuse3", "channel")
+SERVERS = (*TRANSPORTS, "supervised")
 
-Serve = Callable[..., AbstractContextManager[Path]]
+
+CACHE_BYTES = DUTY.cache_bytes
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS)
-def serve(request: pytest.FixtureRequest) -> Serve:
-    """``with serve(image, *options) as directory``: the image, mounted."""
-    open_to_all()
+class Serve:
+    """``with serve(image) as directory``: the image, mounted. ``pids`` are those who serve the one mounted last."""
+
+    def __init__(self, how: str, forked: ForkedFs) -> None:
+        self.how = how
+        self._forked = forked
+        self._pid = 0
 
     @contextmanager
-    def mounted(image: Path, *options: str) -> Iterator[Path]:
+    def __call__(self, image: Path, *, allow_other: bool = False) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as base:
             directory = Path(base) / "mount"
             directory.mkdir()
             Path(base).chmod(0o755)  # pytest's own directories are closed to others
-            with served(image, directory, *options, transport=request.param):
+            with self._server(image, directory, allow_other) as self._pid:
                 yield directory
 
-    return mounted
+    def _server(self, image: Path, directory: Path, allow_other: bool) -> AbstractContextManager[int]:
+        if self.how == "supervised":
+            return supervised_at(self._forked, image, directory, allow_other=allow_other)
+        options = f"transport={self.how},cache={CACHE_BYTES >> 20}" + (",allow_other" if allow_other else "")
+        return self._forked.mounted(image, directory, "-o", options)
+
+    @property
+    def pids(self) -> list[int]:
+        if self.how == "supervised":
+            return group_of(self._pid)
+        children = Path(f"/proc/{self._pid}/task/{self._pid}/children").read_text()
+        return [self._pid, *map(int, children.split())]
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[ForkedFs]:
+    with forked_fs() as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def serve(request: pytest.FixtureRequest, forked: ForkedFs) -> Serve:
+    open_to_all()
+    return Serve(request.param, forked)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +104,7 @@ def reference(
 @pytest.fixture(scope="module")
 def mounted(serve: Serve, reference: tuple[Path, dict[bytes, images.Node]]) -> Iterator[Path]:
     """The big image, mounted for others too."""
-    with serve(reference[0], "allow_other") as directory:
+    with serve(reference[0], allow_other=True) as directory:
         yield directory
 
 
@@ -113,11 +144,14 @@ def test_options_of_mksquashfs(serve: Serve, small_tree: Path, tmp_path: Path, o
         assert not images.differences(expected, images.scan(directory))
 
 
-def test_offset_of_the_image_in_its_file(serve: Serve, small_tree: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_offset_of_the_image_in_its_file(transport: str, small_tree: Path, tmp_path: Path) -> None:
     image = images.make_image(small_tree, tmp_path / "i")
     wrapped = tmp_path / "wrapped"
     wrapped.write_bytes(b"#" * 12345 + image.read_bytes())
-    with serve(wrapped, "offset=12345") as directory:
+    directory = tmp_path / "mount"
+    directory.mkdir()
+    with served(wrapped, directory, "offset=12345", transport=transport):
         assert not images.differences(images.scan(small_tree), images.scan(directory))
 
 
@@ -288,15 +322,16 @@ def test_memory_is_bounded(serve: Serve, tmp_path: Path) -> None:
     for i in range(40):
         (tree / f"{i}").write_bytes(b"%d" % i * (6 << 20))
     image = images.make_image(tree, tmp_path / "i", block_size=1 << 20)
-    directory = tmp_path / "mount"
-    directory.mkdir()
-    with served(image, directory, "cache=8") as process:
-        idle = rss_bytes(process.pid)
+    with serve(image) as directory:
+        (directory / "0").stat()
+        pids = serve.pids
+        idle = sum(map(rss_bytes, pids))
         for i in range(40):
             with open(directory / f"{i}", "rb") as file:
                 while file.read(1 << 20):
                     pass
-        assert rss_bytes(process.pid) - idle < 64 << 20
+        assert serve.pids == pids
+        assert sum(map(rss_bytes, pids)) - idle < 64 << 20
 
 
 def test_supervised_server_shows_nothing_privileged(

@@ -64,7 +64,7 @@ class Started:
 
     def __init__(self) -> None:
         self.fuse = mounts.open_fuse_device()
-        self.mount = mounts.fuse_mount(self.fuse, source="uenvd:test")
+        self.mount = mounts.fuse_mount(self.fuse, source="image of a test")
         self.process, self.channel = start_worker()
 
     def send(self, setup: WorkerSetup, *more: int) -> None:

@@ -26,9 +26,10 @@ from uenvd.handover import SLOTS_PER_WORKER, Message
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="plays the daemon, which is root")
 
 HARM = """
-import json, os, sys, time
+import json, mmap, os, sys, time
 import uenvd.fuse.channel as channel
-work = channel.Channel._work
+from uenvd.fuse.answers import Answers
+from uenvd.fuse.slots import Slot
 def attack():
     import ctypes, errno, mmap, resource, signal, socket
     libc = ctypes.CDLL(None, use_errno=True)
@@ -62,17 +63,36 @@ def attack():
         'tty': call(16, 0, 0x5412, 0), 'priority': attempt(os.setpriority, 0, 0, 5), 'chroot': attempt(os.chroot, '/'), 'keyctl': call(250, 0, -3, 0),
         'allowed: thread': attempt(thread), 'allowed: time': attempt(time.sleep, 0.001),
     }
-def _work(self, slot):
-    text = bytes(slot.buffer[40:slot.length])
-    if text.startswith(b'slow') and not os.environ.get('UENVD_TEST_MILD') and slot.attempts == 0: slot.begin(); time.sleep(60)
-    if text.startswith(b'spin') and slot.attempts == 0:
-        slot.begin()
-        while True: pass
-    if text.startswith(b'poison') and slot.attempts < 3: slot.begin(); os._exit(3)
-    if text.startswith(b'attack'):
-        slot.begin(); os.write(2, b'ATTACK' + json.dumps(attack()).encode() + b'\\n')
-    return work(self, slot)
-channel.Channel._work = _work
+doomed = mmap.mmap(-1, 1)
+init = channel.Channel.__init__
+def __init__(self, *args, **named):
+    if doomed[0]: os._exit(5)
+    init(self, *args, **named)
+channel.Channel.__init__ = __init__
+if os.environ.get('UENVD_TEST_IMPATIENT'):
+    import uenvd.fuse.workforce as workforce
+    workforce._HOPELESS_S, workforce._MAX_DELAY_S = 0.0, 0.01
+def answer(self, request, length):
+    text = bytes(request[40:length])
+    if text.startswith(b'slow') and not os.environ.get('UENVD_TEST_MILD') and attempt[0] == 1: time.sleep(60)
+    while text.startswith(b'spin') and attempt[0] == 1: pass
+    if text.startswith(b'poison'): os._exit(3)
+    if text.startswith(b'doom'): doomed[0] = 1; os._exit(5)
+    if text.startswith(b'attack'): os.write(2, b'ATTACK' + json.dumps(attack()).encode() + b'\\n')
+    if text.startswith(b'daze'): os.readv = hang
+    return real_answer(self, request, length)
+def hang(*_args):
+    while True: pass
+def begin(self):
+    attempt[0] = real_begin(self)
+    return attempt[0]
+def begin_first(self):
+    attempt[0] = 1
+    real_begin_first(self)
+attempt = [0]
+real_answer, Answers.answer = Answers.answer, answer
+real_begin, Slot.begin = Slot.begin, begin
+real_begin_first, Slot.begin_first = Slot.begin_first, begin_first
 if os.environ.get('UENVD_TEST_SUICIDE'):
     import mmap, signal
     once, end = mmap.mmap(-1, 1), signal.pidfd_send_signal
@@ -82,6 +102,12 @@ if os.environ.get('UENVD_TEST_SUICIDE'):
     signal.pidfd_send_signal = first_time
 """
 """``sitecustomize`` of the supervisor: requests that do harm to the worker that gets them."""
+
+ASKERS = (
+    "[globals().update(askers=[]), [askers.append(pid) for i in range(6) for pid in [os.fork()] "
+    "if pid or os.closerange(0, 3) or os._exit(os.path.lexists(f'/mnt/no{i}') or not os.path.lexists('/mnt/file'))]][0]"
+)
+"""Six processes that look for files."""
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +194,27 @@ def test_who_waits_for_an_image_can_be_killed(parent: Parent) -> None:
     assert parent.state.phase == "attending"
 
 
+def test_supervisors_and_users_are_killed_while_the_image_is_pulled(place: Path, tmp_path: Path) -> None:
+    """Who still waits when the image comes gets his answer; who was killed is gone, whatever became of his request."""
+    with supervised(tmp_path, grace_s=30.0) as parent:
+        parent.start()
+        parent.until(lambda p: p.state and p.state.negotiated and p.state.standby)
+        with session(NOBODY, parent.mount, "/mnt") as user:
+            user.eval(ASKERS)
+            until(lambda: len(taken(parent, begun=False)) == 6, "all requests are taken")
+            for number in range(6):
+                assert parent.state is not None
+                os.kill(parent.state.pid, signal.SIGKILL)
+                user.eval(f"os.kill(askers[{number}], 9)" if number < 3 else "None")
+                assert parent.connect()
+                parent.until(lambda p: p.state.standby)
+                assert user.eval("os.stat('/mnt').st_mode") == 0o40755
+            assert user.eval("[os.waitpid(pid, 0)[1] for pid in askers[:3]]") == [9] * 3
+            parent.give_image(place / "i")
+            assert user.eval("[os.waitpid(pid, 0)[1] for pid in askers[3:]]") == [0] * 3
+            until(lambda: not any_waiting(parent), "nothing is left in the slots")
+
+
 @pytest.mark.parametrize("victim", ["worker", "supervisor", "worker and supervisor"])
 def test_request_in_hand_is_answered_by_the_successor(place: Path, tmp_path: Path, victim: str) -> None:
     with supervised(tmp_path) as parent:
@@ -212,6 +259,51 @@ def test_request_that_kills_its_workers_is_an_error_and_costs_the_others_nothing
         assert user.eval("os.listdir('/mnt/poison')") == {"errno": errno.EIO}
         assert user.eval("open('/mnt/file').read()") == "content\n"
     parent.until(lambda p: p.state is not None and p.state.deaths == 3)
+
+
+def test_many_requests_that_kill_their_workers_cost_the_others_nothing(place: Path, tmp_path: Path) -> None:
+    """However many workers end soon after their start: as long as each has begun a request, it is the request's fault."""
+    with supervised(tmp_path) as parent:
+        parent.env = {"PYTHONPATH": str(place / "harm"), "UENVD_TEST_IMPATIENT": "1"}  # type: ignore[attr-defined]
+        serve(parent, place)
+        with session(NOBODY, parent.mount, "/mnt") as user:
+            for number in range(5):
+                assert user.eval(f"os.listdir('/mnt/poison{number}')") == {"errno": errno.EIO}
+            assert user.eval("open('/mnt/file').read()") == "content\n"
+        parent.until(lambda p: p.state is not None and p.state.deaths == 15)
+        assert parent.state is not None
+        assert parent.state.phase == "serving"
+
+
+def test_workers_that_end_for_no_request_leave_errors_to_their_users(place: Path, tmp_path: Path) -> None:
+    """Each ends before it begins anything. Users get EIO then, now and later, instead of waiting; also from a successor."""
+    with supervised(tmp_path) as parent:
+        parent.env = {"PYTHONPATH": str(place / "harm"), "UENVD_TEST_IMPATIENT": "1"}  # type: ignore[attr-defined]
+        serve(parent, place)
+        with session(NOBODY, parent.mount, "/mnt") as user:
+            assert user.eval("os.path.lexists('/mnt/doom')") is False  # that is what lexists makes of EIO
+            parent.until(lambda p: p.state.phase == "refusing" and p.state.standby)
+            assert parent.report is not None
+            assert parent.report.error is not None
+            assert parent.report.error.code == "worker-failed"
+            assert user.eval("open('/mnt/file').read()") == {"errno": errno.EIO}
+            assert parent.state is not None
+            os.kill(parent.state.pid, signal.SIGKILL)
+            assert user.eval("open('/mnt/big').read()") == {"errno": errno.EIO}
+        assert parent.process is not None
+        parent.let_go()
+        wait_gone(parent.process.pid)
+
+
+def test_worker_that_hangs_without_a_request_is_replaced(place: Path, tmp_path: Path) -> None:
+    """Nothing in its slots tells; but requests wait and nobody begins one."""
+    with supervised(tmp_path, hang_s=0.6, workers=1) as parent:
+        parent.env = {"PYTHONPATH": str(place / "harm")}  # type: ignore[attr-defined]
+        serve(parent, place)
+        with session(NOBODY, parent.mount, "/mnt") as user:
+            assert user.eval("os.path.lexists('/mnt/daze')") is False
+            assert user.eval("open('/mnt/file').read()") == "content\n"
+        parent.until(lambda p: p.state is not None and p.state.deaths == 1 and p.state.workers)
 
 
 def test_supervisors_are_killed_one_after_the_other(parent: Parent, place: Path) -> None:

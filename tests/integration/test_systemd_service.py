@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import shlex
 import shutil
 import subprocess
 import sys
@@ -164,6 +166,62 @@ def test_hung_daemon_is_replaced(host: PrivateSystemd) -> None:
         "the watchdog ends the stopped daemon",
     )
     use(host)
+
+
+def block(title: str, number: int = 0) -> str:
+    """Return a block of commands of a section of docs/operations.md."""
+    section = (
+        (CHECKOUT / "docs/operations.md").read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    )
+    return section.split("```\n")[2 * number + 1]
+
+
+def test_upgrade_below_a_running_session(host: PrivateSystemd) -> None:
+    """As docs/operations.md says, with a tree that calls itself another version; only what is private here (opt, etc) is in it."""
+    new = host.directory / "uenvd-tree"
+    for name in ("opt", "etc/uenvd"):
+        shutil.copytree(host.directory / "tree" / name, new / name, symlinks=True)
+    (package,) = new.glob("opt/uenvd/lib/uenvd/lib/python3*/site-packages/uenvd")
+    (package / "__init__.py").write_text('__version__ = "99.0"\n')
+    for compiled in package.glob("__pycache__/__init__.*.pyc"):
+        compiled.unlink()
+    stop = host.directory / "stop upgrade"
+    session = host.popen(
+        "uenvctl", "run", "tools/1", "--", "bash", "-c", SESSION, "bash", stop, user="nobody"
+    )
+    try:
+        assert session.stdout is not None
+        assert session.stdout.readline() == "started\n"
+        commands = block("Upgrade").replace("uenvd-tree", str(new))
+        done = host.run("bash", "-ec", commands)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "uenvd ok: uenvd 99.0 answers" in done.stdout
+        assert host.run("pkill", "-9", "-u", "nobody", "-f", r"uenvd\.fuse").returncode == 0
+        use(host)
+        stop.touch()
+        output = session.communicate(timeout=60)[0]
+    finally:
+        session.kill()
+        session.wait()
+    assert (session.returncode, output) == (0, "done\n"), said(host)
+
+
+def test_every_installed_file_is_named_where_it_is_removed(host: PrivateSystemd) -> None:
+    """The section "Uninstall": each file of the tree is matched by one of its patterns, and none of them matches anything else of /usr."""
+    words = [word for line in block("Uninstall").splitlines() for word in shlex.split(line, comments=True)]
+    patterns = [word for word in words if word.startswith("/")]
+    tree = host.directory / "tree"
+    installed = [f"/{path.relative_to(tree)}" for path in tree.rglob("*") if not path.is_dir()]
+    assert len(installed) > 100
+    left = [
+        path
+        for path in installed
+        if not any(fnmatch.fnmatchcase(path, one) or path.startswith(f"{one}/") for one in patterns)
+        and not path.endswith("/uenvd_spank.so")
+    ]
+    assert left == []
+    harmless = {"/usr/lib", "/user-environment", "/user-tools"}  # a place to look in, and two for rmdir
+    assert all("uenv" in one for one in patterns if one not in harmless), patterns
 
 
 def test_nothing_is_left_when_it_is_stopped(host: PrivateSystemd) -> None:

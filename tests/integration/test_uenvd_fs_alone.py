@@ -95,6 +95,26 @@ def test_mounts_in_the_background_and_unmounts(place: Path, who: str) -> None:
     assert not is_mounted(place / "m")
 
 
+def test_ordinary_user_may_mount_in_a_namespace_of_his_own(place: Path) -> None:
+    """There he has the privilege, so no libfuse is needed: the server has worker processes."""
+    script = '"$0" -m uenvd.fuse.worker -o workers=2 i m && cat m/file && read line && umount m'
+    with subprocess.Popen(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, sys.executable],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=place,
+        **AS_NOBODY,
+    ) as shell:
+        assert shell.stdout is not None
+        assert shell.stdout.readline() == "content\n"
+        assert len(servers_of(place)) == 3
+        shell.communicate("\n", timeout=30)
+    assert shell.returncode == 0
+    until(lambda: servers_of(place) == [], "all of them end")
+    assert not is_mounted(place / "m")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_unmounts(place: Path, number: signal.Signals) -> None:
     with served(place / "i", place / "m") as process:

@@ -34,8 +34,8 @@ class Site:
     def publisher(self, namespace: str = "deploy") -> Publisher:
         return Publisher(self.registry.url, namespace=namespace)
 
-    def daemon(self, name: str, **how: Any) -> Any:
-        extra = f"namespaces: [deploy, build]\nresolve: {{ttl: 0s}}\nsignatures: {{required: [deploy], keys: {self.keys}}}\n"
+    def daemon(self, name: str, tags: str = "no", **how: Any) -> Any:
+        extra = f"namespaces: [deploy, build]\nresolve: {{ttl: 0s}}\nsignatures: {{required: [deploy], keys: {self.keys}, tags: {tags}}}\n"
         return running_daemon(self.directory / name, self.registry.url, extra=extra, **how)
 
 
@@ -122,6 +122,34 @@ def test_only_signed_images_are_handed_out(site: Site) -> None:
         )
         assert ask(daemon, "mount", "bare/1:v1")["ok"]
         assert "is refused" in daemon.log
+
+
+def test_an_old_release_is_not_passed_off_as_a_newer_one(site: Site) -> None:
+    """Whoever may write tags puts what was signed under the name of another version, or of another release of the same."""
+    remote, release = site.publisher().remote, read_private_key(site.directory / "release")
+    repository = "deploy/demo/zen3/good/1"
+    digest = site.publisher().push(site.directory / "foreign.squashfs", "good/1", "v7", "latest")
+    sign(remote, repository, digest, release, ["v7"])
+    site.publisher().push(site.directory / "foreign.squashfs", "good/1", "v8")
+    newer = site.publisher().push(site.directory / "foreign.squashfs", "good/2", "v7")
+    assert newer == digest
+    with site.daemon("uenvd") as daemon:
+        for label in ("good/1:v7", "good/1", "good/1:latest", f"good/1@{digest}", f"good/1:v8@{digest}"):
+            assert ask(daemon, "mount", label)["ok"], label
+        for op in ("resolve", "mount", "pull"):
+            assert "is for the tag v7, not v8" in refused(ask(daemon, op, "good/1:v8"))
+        # Signed for one version, and taken over with its signature to another.
+        other = Content("s.json", envelope(release, "demo/zen3/good/1", digest, ["v7"]), ENVELOPE_TYPE)
+        attach(remote, "deploy/demo/zen3/good/2", digest, SIGNATURE_TYPE, [other])
+        said = refused(ask(daemon, "resolve", "good/2:v7"))
+        assert "is for demo/zen3/good/1, not demo/zen3/good/2" in said
+        assert ask(daemon, "mount", "good/1:v1")["ok"], "signed without tags: as before"
+        sign(remote, repository, digest, release, ["v8"])
+        assert ask(daemon, "mount", "good/1:v8")["ok"]
+    with site.daemon("strict", tags="yes") as daemon:
+        assert ask(daemon, "mount", "good/1:v7")["ok"] and ask(daemon, "mount", "good/1:v8")["ok"]
+        assert "does not say that it is for the tag v1" in refused(ask(daemon, "resolve", "good/1:v1"))
+        assert ask(daemon, "mount", f"good/1@{site.digests['good']}")["ok"]
 
 
 def test_without_the_registry_and_with_other_keys(site: Site) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,9 @@ import pytest
 import support.daemon
 from support.daemon import Client, Daemon, running_daemon
 from support.fusetools import NOBODY, run_as, session, until
+from support.lazyimage import push_lazy
 from support.publishing import Publisher, simple_image
+from support.registry import FakeRegistry
 from support.users import ordinary_user
 
 pytestmark = pytest.mark.usefixtures("node")
@@ -134,6 +137,90 @@ def test_files_of_one_user_are_limited_more_and_end_at_once(daemon: Daemon, publ
         lambda: not [image for image in daemon.ask("status")["images"] if image["digest"] is None],
         "the file's worker ends",
     )
+
+
+CONNECT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from support.daemon import Client
+from pathlib import Path
+clients = [Client(Path(sys.argv[2])) for _ in range(4)]
+assert all(client.ask("status")["ok"] for client in clients)
+print(Client(Path(sys.argv[2])).receive()["error"]["code"])
+clients.pop().close()
+while not (again := Client(Path(sys.argv[2])).ask("status"))["ok"]:
+    pass
+print("ok")
+"""
+
+
+def test_connections_of_one_user_are_limited_and_given_back(daemon: Daemon) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CONNECT, harness_for_all(daemon), str(daemon.socket_path)],
+        user=NOBODY,
+        group=NOBODY,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.split() == ["limit", "ok"], done.stderr
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(daemon.client()) for _ in range(6)]
+        assert all(client.ask("status")["ok"] for client in clients), "root is exempt"
+
+
+@pytest.mark.parametrize("lazy", ["auto", "off"])
+def test_images_that_come_because_of_one_user_are_limited(public_dir: Path, lazy: str) -> None:
+    with FakeRegistry() as fake:
+        first, second = (push_lazy(fake, public_dir, files=3, name=name) for name in ("one", "two"))
+        slow = [fake.spoil(image.blob_path, bytes_per_s=1_000_000) for image in (first, second)]
+        extra = f"limits: {{pulls: 1}}\nmounts: {{linger: 100ms}}\nlazy: {lazy}\n"
+        with running_daemon(public_dir / "uenvd", fake.url, extra=extra) as daemon, daemon.client() as client:
+            one, two = ({"op": "mount", "uenv": f"{name}/1.0", "uid": NOBODY} for name in ("one", "two"))
+            assert client.ask(**one)["ok"]
+            with daemon.client() as other:
+                refused = other.ask(**two)
+                assert refused["error"]["code"] == "limit", refused
+                assert "on their way" in refused["error"]["message"]
+                assert other.ask("mount", uenv="two/1.0", uid=1)["ok"], "others are not concerned"
+            for rule in slow:
+                rule.bytes_per_s = None
+            fake.hang_up()
+            with daemon.client() as other:
+                until(lambda: other.ask(**two)["ok"], "the first one is here", 30)
+
+
+def test_memory_for_files_of_ones_own_is_limited_and_bounded(public_dir: Path) -> None:
+    registry = f"oci-layout:{public_dir / 'registry'}"
+    Publisher(registry).push(simple_image(public_dir / "app.squashfs", "app", "hello"), "app/1.0", "v1")
+    mounts = [
+        {
+            "op": "mount",
+            "uenv": f"{simple_image(public_dir / f'{n}.squashfs', 'own', 'mine')}:{MOUNT_POINT}",
+        }
+        for n in range(3)
+    ]
+    extra = (
+        "limits: {memory: 1100MiB}\nworker: {user: nobody, cache: 8MiB, count: 2}\nmounts: {linger: 100ms}\n"
+    )
+    with running_daemon(public_dir / "uenvd", registry, extra=extra) as daemon:
+        answers = ask_as(NOBODY, daemon, *mounts, {"op": "mount", "uenv": "app/1.0"})
+        assert [answer["ok"] for answer in answers] == [True, True, False, True], answers
+        assert answers[2]["error"]["code"] == "limit"
+        assert "limits.memory" in answers[2]["error"]["hint"]
+        with daemon.client() as client:
+            lease = client.ask("mount", uenv=str(mounts[0]["uenv"]), uid=NOBODY)["lease"]
+            assert client.ask("wait", lease=lease)["ok"]
+            for pid in daemon.workers():
+                (line,) = (
+                    line
+                    for line in Path(f"/proc/{pid}/limits").read_text().splitlines()
+                    if "data size" in line
+                )
+                assert line.split()[3] == str((192 + 16) << 20), "what it counts as is what it can have"
 
 
 def test_a_users_own_file_is_read_with_his_rights_and_served_out_of_his_reach(

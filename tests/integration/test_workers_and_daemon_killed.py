@@ -31,14 +31,13 @@ MOUNT_POINT = "/user-environment"
 EXTRA = "worker: {{user: nobody, grace: {grace}, count: 2}}\nfuse: {{resend: {resend}}}\n"
 POISON = """
 import os
-import uenvd.fuse.channel as channel
-work = channel.Channel._work
-def _work(self, slot):
-    if bytes(slot.buffer[40:slot.length]).startswith(b'poison') and slot.attempts < 3:
-        slot.begin()
+from uenvd.fuse.answers import Answers
+real = Answers.answer
+def answer(self, request, length):
+    if bytes(request[40:length]).startswith(b'poison'):
         os._exit(3)
-    return work(self, slot)
-channel.Channel._work = _work
+    return real(self, request, length)
+Answers.answer = answer
 """
 """``sitecustomize`` of an image's processes."""
 FILES = {f"file{number}": images.content((number % 7 + 1) * 40_000, number) for number in range(60)}

@@ -44,7 +44,11 @@ class DoubleJob:
 
 @dataclass
 class Double:
-    """What it knows. ``busy`` requests are answered 429 first; ``token_s`` is how long a token is good."""
+    """What it knows. ``busy`` requests are answered 429 first; ``token_s`` is how long a token is good.
+
+    ``faults``: pairs of a request's beginning (``GET /compute/alpha/jobs/``) and a status; each is answered once, by the first request that
+    begins so.
+    """
 
     url: str = ""
     token_s: float = 300.0
@@ -53,6 +57,11 @@ class Double:
     jobs: dict[int, DoubleJob] = field(default_factory=dict)
     tokens: dict[str, float] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    faults: list[tuple[str, int]] = field(default_factory=list)
+    forgotten: set[int] = field(default_factory=set)
+    """Jobs that are not in the list any more, only asked for by their numbers."""
+    late: int = 0
+    """How many questions about jobs are answered as if those that are submitted now were unknown: accounting is behind."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     closed: bool = False
 
@@ -173,6 +182,12 @@ class _Handler(BaseHTTPRequestHandler):
             double.busy -= 1
             self._answer(429, {"message": "too many requests"}, {"Retry-After": "0"})
             return
+        request = f"{method} {parts.path}"
+        for fault in double.faults:
+            if request.startswith(fault[0]):
+                double.faults.remove(fault)
+                self._answer(fault[1], {"errorType": "error", "message": "a fault on demand"})
+                return
         query = {key: values[0] for key, values in parse_qs(parts.query).items()}
         self._route(method, parts.path.strip("/").split("/"), query, json.loads(body) if body else {})
 
@@ -203,17 +218,24 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             self._answer(201, {"jobId": double.submit(system, job["working_directory"], job["script"]).id})
             return
-        mine = [job for job in double.jobs.values() if job.system == system]
+        with double.lock:
+            mine = [job for job in double.jobs.values() if job.system == system]
+            if double.late > 0 and method == "GET":
+                double.late -= 1
+                mine = []
         if len(path) == 4:
             mine = [job for job in mine if str(job.id) == path[3]]
             if not mine:
                 self._answer(404, {"message": "Job not found"})
                 return
-        if method == "DELETE":
+        if method == "DELETE" and len(path) == 4:
             double.cancel(mine[0])
             self._answer(204, None)
             return
-        self._answer(200, {"jobs": [_shown(job) for job in mine]})
+        if len(path) == 3:
+            mine = [job for job in mine if job.id not in double.forgotten]
+        # The real one says null where there are none.
+        self._answer(200, {"jobs": [_shown(job) for job in mine] or None})
 
     def _answer(self, status: int, value: object, headers: Mapping[str, str] | None = None) -> None:
         data = b"" if value is None else json.dumps(value).encode()

@@ -1,7 +1,8 @@
 """Many short-lived ``uenvd-fs`` processes without paying Python's start for each: ``python forkedfs.py FD``, a server that forks.
 
 A datagram ``[image, mountpoint, ...]`` is answered with the pid of a child that serves it as ``uenvd-fs IMAGE MOUNTPOINT -f`` does; ``pid`` with
-its exit status as waitpid gives it, or null while it runs.
+its exit status as waitpid gives it, or null while it runs. A datagram with a descriptor, a supervisor's end of its channel, is answered with the
+pid of a child that is that supervisor, leader of a process group.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ if __name__ != "__main__":  # the forking server needs nothing of this
 
 def _serve(channel: socket.socket) -> None:
     from uenvd.fuse.standalone import run
+    from uenvd.fuse.supervise import supervise
 
-    while data := channel.recv(65536):
+    while True:
+        data, descriptors, _flags, _address = socket.recv_fds(channel, 65536, 1)
+        if not data:
+            return
         request = json.loads(data)
         answer: Any
         if isinstance(request, int):
@@ -35,7 +40,12 @@ def _serve(channel: socket.socket) -> None:
             answer = os.fork()
             if answer == 0:
                 channel.close()
+                if descriptors:
+                    os.setsid()
+                    os._exit(supervise(socket.socket(fileno=descriptors[0])))
                 os._exit(run([*request, "-f"]))
+            for descriptor in descriptors:
+                os.close(descriptor)
         channel.send(json.dumps(answer).encode())
 
 
@@ -63,6 +73,12 @@ class ForkedFs:
     def start(self, image: Path, mountpoint: Path, *words: str) -> int:
         """Serve an image, with more words for the command line; return the pid of the server."""
         pid: int = self._ask([str(image), str(mountpoint), *words])
+        return pid
+
+    def supervise(self, channel_fd: int) -> int:
+        """Start a supervisor with its end of a channel; return its pid."""
+        socket.send_fds(self._channel, [b"[]"], [channel_fd])
+        pid: int = json.loads(self._channel.recv(65536))
         return pid
 
     def end(self, pid: int, mountpoint: Path) -> None:

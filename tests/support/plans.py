@@ -1,12 +1,18 @@
-"""A site's configuration and recipes for tests of the pipeline: two environments that are quick to build, on three kinds of nodes."""
+"""A site's configuration and recipes for tests of the pipeline: two environments that are quick to build, on three kinds of nodes.
+
+They are one program in C, built from source in a second; the full campaigns build Python environments, as large as real ones are at least.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +45,52 @@ class Runs(rfm.RunOnlyRegressionTest):
         return sn.assert_found(r'^tiny says 42$', self.stdout)
 """
 )
+
+
+PROGRAM_TEXT = '#include <stdio.h>\nint main(void) { puts("tiny says 42"); return 0; }\n'
+SCRIPT = """#!/bin/sh
+set -eu
+cc -O1 -o "$UENV_ROOT/bin/tiny" tiny.c
+"""
+CONFIG = f"""name: tiny
+description: for tests
+store: {MOUNT}
+builder: source
+source: {{toolchain: host}}
+"""
+ENVIRONMENTS = """tiny:
+  packages:
+  - {name: tiny, version: 1.0, source: tiny.tar, build: script, script: make-tiny}
+  views:
+    default: {description: run it}
+"""
+
+
+def source_recipe(directory: Path) -> Path:
+    """Write the recipe tiny/1.0 of a program in C; return its directory."""
+    recipe = directory / "recipes/tiny/1.0"
+    recipe.mkdir(parents=True)
+    archive = directory / "tiny.tar"
+    with tarfile.open(archive, "w") as tar:
+        for name, text in (("tiny.c", PROGRAM_TEXT),):
+            member = tarfile.TarInfo(f"tiny-1.0/{name}")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text.encode()))
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    (recipe / "sources.lock").write_text(f"tiny.tar sha256:{digest} file://{archive}\n")
+    (recipe / "config.yaml").write_text(CONFIG)
+    (recipe / "environments.yaml").write_text(ENVIRONMENTS)
+    (recipe / "make-tiny").write_text(SCRIPT)
+    (directory / "cache").mkdir()
+    return recipe
+
+
+def python_recipe(directory: Path) -> Path:
+    """Write the recipe tiny/1.0 of a Python environment; return its directory."""
+    wheel = make_wheel(directory)
+    recipe = make_recipe(directory / "recipes", wheel, mount=MOUNT)
+    make_cache(directory / "cache", wheel)
+    return recipe
 
 
 @dataclass
@@ -91,11 +143,14 @@ class Site:
 
 
 def make_site(
-    directory: Path, *, names: Sequence[str] = NAMES, machines: Sequence[tuple[str, str]] = MACHINES
+    directory: Path,
+    *,
+    names: Sequence[str] = NAMES,
+    machines: Sequence[tuple[str, str]] = MACHINES,
+    python: bool = False,
 ) -> Site:
-    """Write a site."""
-    wheel = make_wheel(directory)
-    first = make_recipe(directory / "recipes", wheel, mount=MOUNT)
+    """Write a site; ``python``: of Python environments."""
+    first = python_recipe(directory) if python else source_recipe(directory)
     (first / "extra/reframe").mkdir(parents=True)
     (first / "extra/reframe.yaml").write_text("tiny: {features: [tiny], views: [default]}\n")
     (first / "extra/reframe/runs.py").write_text(TEST)
@@ -104,7 +159,6 @@ def make_site(
             shutil.copytree(first.parent, directory / "recipes" / name)
             config = directory / "recipes" / name / "1.0/config.yaml"
             config.write_text(config.read_text().replace("name: tiny", f"name: {name}"))
-    make_cache(directory / "cache", wheel)
     site = Site(directory, names, machines)
     systems = dict.fromkeys(system for system, _uarch in machines)
     uarchs = list(dict.fromkeys(uarch for _system, uarch in machines))

@@ -215,6 +215,10 @@ class FakeRegistry:
         """Break all connections, in the middle of whatever they carry."""
         self._server.close_connections()
 
+    def forget_connections(self) -> None:
+        """Answer nothing any more on the connections that are open now, as behind a firewall that has lost its state."""
+        self._server.forget_connections()
+
     def spoil(self, path: str, **how: Any) -> Spoil:
         """Add a rule; the first that matches a request counts."""
         rule = Spoil(path, **how)
@@ -264,6 +268,7 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, *args: Any) -> None:
         self._open: set[socket.socket] = set()
+        self.forgotten: set[socket.socket] = set()
         super().__init__(*args)
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -273,7 +278,12 @@ class _Server(ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         self._open.discard(request)
+        self.forgotten.discard(request)
         super().shutdown_request(request)
+
+    def forget_connections(self) -> None:
+        """See `FakeRegistry.forget_connections`."""
+        self.forgotten |= self._open
 
     def close_connections(self) -> None:
         """Wake the threads that wait for a peer."""
@@ -315,6 +325,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         registry = self.registry
+        if self.connection in self.server.forgotten:
+            registry.stopping.wait()
+            self.close_connection = True
+            return
         registry.seen.append(Seen(self.command, self.path, dict(self.headers.items())))
         self.spoil = registry.take_spoil(self.command, self.path)
         parts = urlsplit(self.path)

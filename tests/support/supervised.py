@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from support.forkedfs import ForkedFs
 from support.fusetools import NOBODY, until
 from uenvd import mounts
 from uenvd.fuse.slots import Slots
@@ -33,7 +35,7 @@ DEADLINE_S = 20.0
 DUTY = Duty(
     name="test",
     label="test",
-    source="uenvd:test",
+    source="image of a test",
     uid=NOBODY,
     gid=NOBODY,
     cache_bytes=8 << 20,
@@ -45,10 +47,12 @@ DUTY = Duty(
 class Parent:
     """What a daemon holds of one connection."""
 
-    def __init__(self, directory: Path, duty: Duty = DUTY, *, mounts_held: int = 1) -> None:
+    def __init__(
+        self, directory: Path, duty: Duty = DUTY, *, mounts_held: int = 1, allow_other: bool = True
+    ) -> None:
         self.duty = duty
         self.fuse = mounts.open_fuse_device()
-        self.mount = mounts.fuse_mount(self.fuse, source=duty.source)
+        self.mount = mounts.fuse_mount(self.fuse, source=duty.source, allow_other=allow_other)
         self.slots = os.memfd_create("slots", os.MFD_CLOEXEC)
         os.ftruncate(self.slots, Slots.size_bytes(duty.workers * SLOTS_PER_WORKER))
         self.address = directory / f"{duty.name}.sock"
@@ -96,6 +100,17 @@ class Parent:
                 start_new_session=True,
                 env={**os.environ, **(env or {})},
             )
+        self._begin(ours, image, slots_lost=slots_lost)
+
+    def start_forked(self, server: ForkedFs, image: int) -> int:
+        """Start a supervisor with its image without paying for Python's start; return its pid, which is its process group."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            pid = server.supervise(theirs.fileno())
+        self._begin(ours, image)
+        return pid
+
+    def _begin(self, ours: socket.socket, image: int | None, *, slots_lost: bool = False) -> None:
         ours.settimeout(DEADLINE_S)
         self.channel = ours
         named = [("fuse", self.fuse), ("slots", self.slots), ("adopt", self.listener.fileno())]
@@ -258,3 +273,31 @@ def wait_gone(pid: int, deadline_s: float = 10.0) -> None:
 def now_ns() -> int:
     """As the slots have it."""
     return time.monotonic_ns()
+
+
+@contextmanager
+def supervised_at(
+    server: ForkedFs, image: Path, mountpoint: Path, *, allow_other: bool = False
+) -> Iterator[int]:
+    """Serve an image at a directory as the daemon does: supervisor, standby, two workers. Yields their process group; all end at the end."""
+    duty = replace(DUTY, mask_privileged=False)
+    with tempfile.TemporaryDirectory() as base:
+        parent = Parent(Path(base), duty, mounts_held=0, allow_other=allow_other)
+        pid = 0
+        try:
+            image_fd = os.open(image, os.O_RDONLY)
+            try:
+                pid = parent.start_forked(server, image_fd)
+            finally:
+                os.close(image_fd)
+            parent.serving()
+            mounts.move_mount(parent.mount, mountpoint)
+            yield pid
+        finally:
+            with suppress(OSError):
+                mounts.umount(mountpoint, detach=True)
+            if pid:
+                with suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+                until(lambda: server.status(pid) is not None, "the supervisor's end")
+            parent.close()

@@ -78,6 +78,8 @@ def test_the_daemon_understands_the_plugins_requests(case: dict[str, Any]) -> No
     request = protocol.parse_request(case["frame"])
     args = dict(case["args"])
     job = (args.pop("job"), args.pop("step")) if "job" in args else None
+    if "groups" in args:
+        args["groups"] = tuple(args["groups"])
     assert request == protocol.Request(**args, job=job)
 
 

@@ -28,7 +28,7 @@ from typing import Final
 from uenvd.cache.claim import FlockClaim, HeartbeatClaim, Watch, unless_stale
 from uenvd.cache.identity import CacheUser, as_user
 from uenvd.cache.leases import NodeLeases, held_anywhere, refresh
-from uenvd.cache.partial import received_bytes
+from uenvd.cache.partmap import received_bytes
 from uenvd.cache.pauses import Pauses
 from uenvd.errors import InUse, NotFound, StorageError
 from uenvd.oci.files import storage_errors, sync_directory

@@ -30,13 +30,14 @@ from pathlib import Path
 from typing import Final
 
 from uenvd.cache.blobs import GRACE_S, Blobs, removed
-from uenvd.cache.claim import HeartbeatClaim, unless_stale
+from uenvd.cache.claim import HeartbeatClaim
 from uenvd.cache.identity import CacheUser, as_user
 from uenvd.cache.memory import RegistryMemory
 from uenvd.cache.partial import Partial
 from uenvd.cache.policy import Candidate, Room, victims
+from uenvd.cache.recordfiles import RecordFiles
 from uenvd.cache.records import CachedImage, Record
-from uenvd.errors import DigestMismatch, InUse, ManifestError, NotFound, StorageError, StorageFull, UenvError
+from uenvd.errors import DigestMismatch, InUse, NotFound, StorageError, StorageFull, UenvError
 from uenvd.oci.files import locked, read_bounded, storage_errors, sync_directory, write_atomically
 from uenvd.oci.layout import LAYOUT_BYTES, REF_NAME
 from uenvd.oci.manifest import (
@@ -60,7 +61,6 @@ QUARANTINE_KEPT_S: Final = 7 * 86400.0
 """How long a damaged blob is kept for those who want to know what happened to it."""
 UNUSED_KEPT_S: Final = 3600.0
 """How long a blob without a record, or the temporary file of a writer that is gone, is left alone."""
-MAX_RECORD_BYTES: Final = 1 << 20
 _CHANGE_PATIENCE_S: Final = 45.0
 """Longer than a dead node's claim lives."""
 
@@ -99,6 +99,7 @@ class Directory:
         self.memory = RegistryMemory(root / "registry", self.user)
         self._quota_bytes, self._high, self._low = quota_bytes, high, low
         self._images = root / "images"
+        self._records = RecordFiles(self._images)
         self.on_evicted: Callable[[int], None] = lambda _freed_bytes: None
         """Called in the removing thread for each image that made room."""
 
@@ -247,7 +248,7 @@ class Directory:
         """Return every squashfs blob with its size, its last use, and why it may not go."""
         held = self.blobs.held()
         by_layer: dict[str, list[Record]] = {}
-        for record in self._records():
+        for record in self._records.all():
             by_layer.setdefault(record.layer.digest, []).append(record)
         found = []
         for layer, records in by_layer.items():
@@ -327,23 +328,23 @@ class Directory:
                     return
                 if tag is not None:
                     self._take_tag(repository, tag, manifest.digest)
-                self._write_record(record)
+                self._records.write(record)
                 self._write_index()
 
     def _renamed(
         self, repository: str, manifest: Manifest, layer: Descriptor, tag: str | None
     ) -> Record | None:
         """Return the record with the new name; None if that changes nothing."""
-        before = self._record(manifest.digest)
+        before = self._records.get(manifest.digest)
         after = (before or Record(manifest.digest, layer, ())).named(repository, tag)
         after = replace(after, listed=self.blobs.has(layer.digest))
         return None if after == before else after
 
     def _take_tag(self, repository: str, tag: str, manifest_digest: str) -> None:
-        for other in self._records():
+        for other in self._records.all():
             changed = other.without_tag(repository, tag)
             if other.manifest_digest != manifest_digest and changed != other:
-                self._write_record(changed)
+                self._records.write(changed)
 
     @as_user
     def manifest(self, digest: str) -> Manifest | None:
@@ -369,27 +370,27 @@ class Directory:
 
         Only those whose squashfs blob is here, unless told otherwise.
         """
-        found = [image for record in self._records() for image in self._cached(record)]
+        found = [image for record in self._records.all() for image in self._cached(record)]
         found = [image for image in found if image.complete or not complete_only]
         return sorted(found, key=lambda image: (image.repository, image.manifest_digest))
 
     @as_user
     def repositories_of(self, manifest_digest: str) -> tuple[str, ...]:
         """Return the repositories in which a manifest was seen."""
-        record = self._record(manifest_digest)
+        record = self._records.get(manifest_digest)
         return tuple(name for name, _tags in record.names) if record is not None else ()
 
     @as_user
     def image(self, manifest_digest: str) -> CachedImage | None:
         """Return one image by the digest of its manifest, complete or not, as the first repository has it."""
-        record = self._record(manifest_digest)
+        record = self._records.get(manifest_digest)
         return next(iter(self._cached(record)), None) if record is not None else None
 
     @as_user
     def pin(self, manifest_digest: str, pinned: bool = True) -> None:
         """Protect an image from eviction, or not any more. Raises `NotFound`."""
         with storage_errors(self.root, "pinning an image in"), self._changing():
-            self._write_record(replace(self._existing(manifest_digest), pinned=pinned))
+            self._records.write(replace(self._records.existing(manifest_digest), pinned=pinned))
 
     @as_user
     def evict(self, manifest_digest: str) -> int:
@@ -398,19 +399,21 @@ class Directory:
         Raises `NotFound`, and `InUse` while somebody has a lease on the squashfs blob, pulls it, or the image is pinned.
         """
         with storage_errors(self.root, "evicting an image from"), self._changing():
-            record = self._existing(manifest_digest)
+            record = self._records.existing(manifest_digest)
             if record.pinned:
-                raise InUse(f"the image {manifest_digest} is pinned", hint="unpin it first")
+                raise InUse(
+                    f"the image {manifest_digest} is pinned", hint="unpin it first: uenvctl image unpin UENV"
+                )
             mine = self._blobs_of(record)
             theirs: set[str] = set()
-            for other in self._records():
+            for other in self._records.all():
                 if other.manifest_digest != manifest_digest:
                     theirs |= self._blobs_of(other)
             freed = 0
             if record.layer.digest not in theirs:
                 freed += self.blobs.remove(record.layer.digest)
             # The record goes before the small blobs: a crash in between leaves unused bytes, never a record without its manifest.
-            self._record_path(manifest_digest).unlink()
+            self._records.remove(manifest_digest)
             self._write_index()
             for digest in mine - theirs - {record.layer.digest}:
                 freed += removed(self.blobs.path(digest))
@@ -423,7 +426,7 @@ class Directory:
         freed = 0
         with storage_errors(self.root, "collecting unused blobs in"), self._changing():
             used: set[str] = set()
-            for record in self._records():
+            for record in self._records.all():
                 used |= self._blobs_of(record)
             for path in self.blobs.directory.iterdir():
                 digest = f"sha256:{path.name}"
@@ -449,34 +452,6 @@ class Directory:
         manifest = self.manifest(record.manifest_digest)
         config = {manifest.config.digest} if manifest is not None else set()
         return {record.manifest_digest, record.layer.digest} | config
-
-    def _record_path(self, manifest_digest: str) -> Path:
-        return self._images / f"{self.blobs.path(manifest_digest).name}.json"
-
-    def _record(self, manifest_digest: str) -> Record | None:
-        try:
-            path = self._record_path(manifest_digest)
-            return Record.decode(unless_stale(lambda: read_bounded(path, MAX_RECORD_BYTES)))
-        except FileNotFoundError:
-            return None
-        except (OSError, StorageError, ManifestError) as error:
-            log.warning("the record of %s in the cache is unusable: %s", manifest_digest, error)
-            return None
-
-    def _existing(self, manifest_digest: str) -> Record:
-        record = self._record(manifest_digest)
-        if record is None:
-            raise NotFound(f"the image {manifest_digest} is not in the cache")
-        return record
-
-    def _records(self) -> list[Record]:
-        with storage_errors(self._images, "listing"):
-            names = [path.stem for path in self._images.glob("*.json")]
-        found = (self._record(f"sha256:{name}") for name in names if is_digest(f"sha256:{name}"))
-        return [record for record in found if record is not None]
-
-    def _write_record(self, record: Record) -> None:
-        write_atomically(self._record_path(record.manifest_digest), record.encode())
 
     def _cached(self, record: Record) -> Iterator[CachedImage]:
         manifest = self.manifest(record.manifest_digest)

@@ -2,19 +2,27 @@
 
 Several connections help where each is limited (a long way, a server or proxy that limits each, TLS on one core). Where the processor or the
 line is the limit they only get into each other's way: on two cores that also run the registry, four are a fifth slower than one. So a transfer
-begins with one, tries all, and keeps what was faster; it tries again now and then.
+begins with one. Where that one keeps this side busy it stays alone; where it waits for bytes all are tried, and what was faster is kept.
+Now and then that is done again.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-WARM_S: Final = 0.05
+WARM_S: Final = 0.02
+SETTLE_S: Final = 0.05
+ALONE_S: Final = 0.04
+ALONE_BYTES: Final = 1 << 20
+WAITING: Final = 0.3
+"""Which part of its time a connection has to wait for bytes for others to be worth a try."""
 WINDOW_S: Final = 0.1
 WINDOW_BYTES: Final = 4 << 20
 LONGEST_WINDOW_S: Final = 0.5
 WORTH: Final = 1.25
 """How much faster all connections have to be than one."""
+LOOK_S: Final = 0.25
+"""To look whether the one connection waits costs nothing."""
 HOLD_S: Final = 2.0
 LONGEST_HOLD_S: Final = 60.0
 
@@ -28,33 +36,44 @@ class Pace:
         self._phase = "warm" if connections > 1 else "decided"
         self._since: float | None = None
         self._bytes = 0
+        self._waited_s = 0.0
         self._alone_rate = 0.0
-        self._hold_s = HOLD_S
+        self._hold_s = self._next_hold_s = HOLD_S
 
-    def gained(self, count: int, now_s: float) -> bool:
-        """Note bytes that arrived, over whichever connection; tell whether the transfer has just gone back to one."""
+    @property
+    def alone(self) -> bool:
+        """Whether one connection is known to be enough for a while."""
+        return self.allowed == 1 and self._phase in {"hold", "decided"}
+
+    def gained(self, count: int, now_s: float, waited_s: float) -> bool:
+        """Note bytes, over whichever connection, and how long it did nothing until they came; tell whether the transfer goes back to one."""
         if self._phase == "decided":
             return False
         if self._since is None:
             self._since = now_s
         self._bytes += count
+        self._waited_s += waited_s
         seconds = now_s - self._since
         match self._phase:
-            case "warm" | "settle" if seconds >= WARM_S:
-                self._enter("alone" if self._phase == "warm" else "all", now_s)
-            case "alone" if self._measured(seconds):
+            case "warm" if seconds >= WARM_S:
+                self._enter("alone", now_s)
+            case "settle" if seconds >= SETTLE_S:
+                self._enter("all", now_s)
+            case "alone" if self._measured(seconds, ALONE_S, ALONE_BYTES):
+                if self._waited_s < WAITING * seconds:
+                    self._hold(now_s)
+                    return False
                 self._alone_rate = self._bytes / seconds
                 self.allowed = self._limit
                 self._enter("settle", now_s)
-            case "all" if self._measured(seconds):
+            case "all" if self._measured(seconds, WINDOW_S, WINDOW_BYTES):
                 if self._bytes / seconds >= WORTH * self._alone_rate:
                     self._phase = "decided"
                     return False
                 self.allowed = 1
-                self._enter("hold", now_s)
+                self._hold(now_s)
                 return True
             case "hold" if seconds >= self._hold_s:
-                self._hold_s = min(2 * self._hold_s, LONGEST_HOLD_S)
                 self._enter("alone", now_s)
         return False
 
@@ -70,8 +89,17 @@ class Pace:
             if self._phase == "decided":
                 self.allowed = self._limit
 
-    def _measured(self, seconds: float) -> bool:
-        return seconds >= LONGEST_WINDOW_S or (seconds >= WINDOW_S and self._bytes >= WINDOW_BYTES)
+    def _hold(self, now_s: float) -> None:
+        """Stay with one for a while, longer each time."""
+        if self._phase == "all":
+            self._hold_s = self._next_hold_s
+            self._next_hold_s = min(2 * self._next_hold_s, LONGEST_HOLD_S)
+        else:
+            self._hold_s = LOOK_S
+        self._enter("hold", now_s)
+
+    def _measured(self, seconds: float, window_s: float, window_bytes: int) -> bool:
+        return seconds >= LONGEST_WINDOW_S or (seconds >= window_s and self._bytes >= window_bytes)
 
     def _enter(self, phase: str, now_s: float) -> None:
-        self._phase, self._since, self._bytes = phase, now_s, 0
+        self._phase, self._since, self._bytes, self._waited_s = phase, now_s, 0, 0.0

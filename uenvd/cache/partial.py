@@ -1,9 +1,7 @@
 """A blob on its way into the store: one sparse file, written at any place, hashed in order, verified before it gets its name.
 
-Beside the file ``<hex>.part`` lies its map ``<hex>.map``, a log of lines: a header with the blob's size and the boot of the machine that
-writes, ``w FIRST END`` for bytes that were written, ``d`` where everything before it is durable (``fdatasync`` of the file, then of the map).
-After ``kill -9`` the page cache has what was written, so the same boot of the same machine trusts every line; any other trusts only what comes
-before the last ``d``. Nothing of it makes a byte trusted as *right*: `commit` hashes the whole.
+Beside the file ``<hex>.part`` lies its map ``<hex>.map`` (`uenvd.cache.partmap`), from which a writer after this one goes on, also after
+``kill -9``. Nothing of it makes a byte trusted as *right*: `commit` hashes the whole.
 """
 
 from __future__ import annotations
@@ -19,22 +17,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
+from uenvd.cache import partmap
 from uenvd.cache.identity import CacheUser
+from uenvd.cache.partmap import map_of, trusted
 from uenvd.cache.ranges import Ranges
 from uenvd.errors import DigestMismatch, InUse, StorageError, StorageFull
-from uenvd.oci.files import read_bounded, storage_error, storage_errors, sync_directory, write_atomically
+from uenvd.oci.files import storage_error, storage_errors, sync_directory, write_atomically
 from uenvd.oci.manifest import Descriptor
 from uenvd.oci.remote import never
 
 REREAD_BYTES: Final = 1 << 20
-MAX_MAP_BYTES: Final = 64 << 20
 CHECK_CLAIM_BYTES: Final = 64 << 20
 """How much is written between two looks at the claim."""
 _CLOSE_S: Final = 0.05
 """How long the end waits for writes that are under way; after that the last of them ends the rest."""
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_MAGIC = "uenvd-map-1"
 
 
 class Claim(Protocol):
@@ -81,6 +78,7 @@ class Partial:
         self._full = False
         self._hasher = hashlib.sha256()
         self._hashed_bytes = 0
+        self._discards = 0
         self._hashing = threading.Lock()
         self._syncing = threading.Lock()
         self._mapping = threading.Lock()
@@ -94,7 +92,7 @@ class Partial:
             with self._user, storage_errors(path, "continuing"):
                 self._fd = _open_part(path)
                 found_bytes = os.fstat(self._fd).st_size
-                self._held, durable = _trusted(path, descriptor.size_bytes, found_bytes)
+                self._held, durable = trusted(path, descriptor.size_bytes, found_bytes)
                 if not self._held and found_bytes:
                     # Another file: somebody may still read verified bytes of this one.
                     os.close(self._fd)
@@ -152,11 +150,14 @@ class Partial:
         with self._state:
             return time.monotonic() - min(self._writers) if self._writers else 0.0
 
-    def catch_up(self, cancelled: Callable[[], bool] = never) -> None:
-        """Hash what is there up to the first gap. `commit` does it too; here it can be cancelled between pieces of 1 MiB."""
+    def catch_up(self, cancelled: Callable[[], bool] = never, end: int | None = None) -> None:
+        """Read back and hash what is there up to the first gap, or to ``end``. `commit` does it too; here it can be cancelled after each MiB."""
         buffer = bytearray(REREAD_BYTES)
         with self._hashing:
-            while not cancelled() and (left := self.offset_bytes - self._hashed_bytes) > 0:
+            while not cancelled():
+                stop = self.offset_bytes if end is None else min(end, self.offset_bytes)
+                if (left := stop - self._hashed_bytes) <= 0:
+                    break
                 view = memoryview(buffer)[: min(len(buffer), left)]
                 with self._using(), storage_errors(self.path, "reading back"):
                     count = os.preadv(self._fd, [view], self._hashed_bytes)
@@ -165,6 +166,16 @@ class Partial:
                     raise DigestMismatch(f"{self.path} became shorter while it was written")
                 self._hasher.update(view[:count])
                 self._hashed_bytes += count
+
+    def hash_written(self, first: int, data: memoryview, mark: int) -> None:
+        """Hash, from memory, bytes that `write_at` has just written and given ``mark`` for. Does nothing unless they are next in order."""
+        with self._hashing:
+            with self._state:
+                skip = self._hashed_bytes - first
+                if mark != self._discards or not 0 <= skip < len(data):
+                    return
+            self._hasher.update(data[skip:])
+            self._hashed_bytes += len(data) - skip
 
     def open_for_reader(self) -> int:
         """Return a read-only descriptor of the file, which `commit` makes the blob: a lease on it as `Store.open` gives one on this node.
@@ -207,9 +218,10 @@ class Partial:
             self.keep()
             raise
 
-    def write_at(self, first: int, data: bytes | bytearray | memoryview) -> None:
+    def write_at(self, first: int, data: bytes | bytearray | memoryview) -> int | None:
         """Write bytes at their place in the blob, but none that is there already: it may have been hashed.
 
+        Returns a mark for `hash_written`; None if some of them were there, so that the file may have others.
         Raises `StorageFull`, `StorageError`, `InUse` (the claim was lost, or after the end).
         When there is no room the end, whichever it is, removes the file: it would keep the others from theirs.
         """
@@ -223,12 +235,14 @@ class Partial:
             with self._writing:
                 with self._state:
                     gaps = list(self._held.gaps(first, end))
+                    mark = self._discards if gaps == [(first, end)] else None
                 for at, stop in gaps:
                     self._write_all(memoryview(data)[at - first : stop - first], at)
                     with self._state:
                         self._held.add(at, stop)
                         self._undurable_bytes += stop - at
                         self._note(at, stop)
+        return mark
 
     def _write_all(self, view: memoryview, at: int) -> None:
         try:
@@ -242,6 +256,7 @@ class Partial:
         """Forget bytes that turned out to be wrong, so that they are fetched again."""
         with self._hashing, self._state:
             self._held.remove(first, end)
+            self._discards += 1
             if first < self._hashed_bytes:
                 self._hasher, self._hashed_bytes = hashlib.sha256(), 0
         with self._using(), self._syncing, self._user, storage_errors(self.path, "writing the map of"):
@@ -260,7 +275,7 @@ class Partial:
                 before, self._undurable_bytes = self._undurable_bytes, 0
             try:
                 os.fdatasync(self._fd)
-                os.write(self._map_fd, b"d\n")
+                os.write(self._map_fd, partmap.DURABLE)
                 os.fdatasync(self._map_fd)
             except OSError as error:
                 with self._state:
@@ -394,7 +409,7 @@ class Partial:
                 lines, self._unrecorded = self._unrecorded, []
             if lines:
                 try:
-                    os.write(self._map_fd, "".join(f"w {first} {end}\n" for first, end in lines).encode())
+                    os.write(self._map_fd, partmap.written(lines))
                 except OSError as error:
                     raise self._failed(error, "writing the map of") from error
 
@@ -403,11 +418,9 @@ class Partial:
         with self._mapping:
             with self._state:
                 held, self._unrecorded = list(self._held), []
-            lines = [f"{_MAGIC} {self.descriptor.size_bytes} {_boot_id()}"]
-            lines += [f"w {first} {end}" for first, end in durable]
-            lines += ["d", *(f"w {first} {end}" for first, end in held), ""]
             path = map_of(self.path)
-            write_atomically(path, "\n".join(lines).encode(), durable=len(durable) > 0)
+            text = partmap.whole(self.descriptor.size_bytes, durable, held)
+            write_atomically(path, text, durable=len(durable) > 0)
             fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
             if self._map_fd >= 0:
                 os.close(self._map_fd)
@@ -461,68 +474,3 @@ def _open_part(path: Path) -> int:
         os.close(fd)
         with suppress(FileNotFoundError):
             path.unlink()
-
-
-def map_of(path: Path) -> Path:
-    """Return where the map of a part lies."""
-    return path.with_suffix(".map")
-
-
-def received_bytes(path: Path) -> int:
-    """Return how many bytes of a part were received, as far as its writer has said so by now; 0 without one."""
-    try:
-        _size, _boot, held, _durable = _read_map(map_of(path))
-        return held.total_bytes if path.exists() else 0
-    except (OSError, StorageError):
-        return 0
-
-
-def _trusted(path: Path, size_bytes: int, found_bytes: int) -> tuple[Ranges, Ranges]:
-    """Return (bytes of a part that may be gone on with, those of them that are durable), none behind the end of the file."""
-    try:
-        size, boot, held, durable = _read_map(map_of(path))
-    except (OSError, StorageError):
-        return Ranges(), Ranges()
-    if size != size_bytes or found_bytes > size_bytes:
-        return Ranges(), Ranges()
-    if boot != _boot_id():
-        held = Ranges(durable)
-    for ranges in (held, durable):
-        ranges.remove(found_bytes, size_bytes)
-    return held, durable
-
-
-def _read_map(path: Path) -> tuple[int, str, Ranges, Ranges]:
-    """Return (size of the blob, boot id, everything written, everything durable). What follows a damaged line is ignored."""
-    lines = read_bounded(path, MAX_MAP_BYTES).split(b"\n")
-    match lines[0].split():
-        case [magic, size, boot] if magic == _MAGIC.encode() and _is_number(size):
-            size_bytes = int(size)
-        case _:
-            return -1, "", Ranges(), Ranges()
-    held, durable, since = Ranges(), Ranges(), list[tuple[int, int]]()
-    for line in lines[1:-1]:
-        match line.split():
-            case [b"w", first, end] if (
-                _is_number(first) and _is_number(end) and int(first) < int(end) <= size_bytes
-            ):
-                held.add(int(first), int(end))
-                since.append((int(first), int(end)))
-            case [b"d"]:
-                for first_byte, end_byte in since:
-                    durable.add(first_byte, end_byte)
-                since.clear()
-            case _:
-                break
-    return size_bytes, boot.decode(errors="replace"), held, durable
-
-
-def _is_number(text: bytes) -> bool:
-    return text.isdigit() and len(text) <= 19
-
-
-def _boot_id() -> str:
-    try:
-        return _BOOT_ID.read_text().strip() or "unknown"
-    except OSError:
-        return os.urandom(16).hex()

@@ -10,6 +10,8 @@ from typing import Final
 from uenvd.cache.ranges import Ranges
 
 MIN_PIECE_BYTES: Final = 4 << 20
+ALONE_PIECES: Final = 8
+"""So many pieces are asked for at once where one connection is enough: each question costs a registry a new reader of its file."""
 URGENT_PIECE_BYTES: Final = 4 << 20
 HINT_PIECE_BYTES: Final = 2 << 20
 """Small, because a demand may have to wait for the end of one."""
@@ -79,8 +81,11 @@ class Schedule:
         if first < end:
             self._hints.append((first, end))
 
-    def take(self, *, urgent_only: bool = False) -> Task | None:
-        """Return the next bytes to fetch; None when everything is on disk or on its way. Pair with `give_back`."""
+    def take(self, *, urgent_only: bool = False, alone: bool = False) -> Task | None:
+        """Return the next bytes to fetch; None when everything is on disk or on its way. Pair with `give_back`.
+
+        ``alone``: no other connection is meant to help.
+        """
         task = self._take_from(self._demands, URGENT_PIECE_BYTES, urgent=True)
         if task is None:
             task = self._take_from(self._hints, HINT_PIECE_BYTES, urgent=False)
@@ -93,6 +98,8 @@ class Schedule:
             return None
         left = self.size_bytes - self.held.total_bytes - sum(task.end - task.at for task in self._tasks)
         piece = min(self._piece_bytes, max(MIN_PIECE_BYTES, left // (2 * self._connections)))
+        if alone:
+            piece = ALONE_PIECES * self._piece_bytes
         return self._begin(gap[0], min(gap[1], gap[0] + piece), urgent=False)
 
     def _take_from(self, wishes: deque[tuple[int, int]], piece_bytes: int, *, urgent: bool) -> Task | None:
@@ -113,6 +120,11 @@ class Schedule:
         """End a task; what it has not brought is missing again."""
         if task in self._tasks:
             self._tasks.remove(task)
+
+    def cut_to_pieces(self) -> None:
+        """Let others help with what one connection was to bring alone."""
+        for task in self._tasks:
+            task.end = min(task.end, task.at + self._piece_bytes)
 
     def cut_to_first(self) -> None:
         """Make all but the foremost connection give up what they have not brought yet."""

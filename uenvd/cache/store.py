@@ -25,6 +25,7 @@ from uenvd.cache.identity import CacheUser
 from uenvd.cache.memory import RegistryMemory
 from uenvd.cache.partial import Partial
 from uenvd.cache.records import CachedImage
+from uenvd.cache.trust import require_trusted, why_not
 from uenvd.config import CacheConfig
 from uenvd.errors import Cancelled, InUse, NotFound, StorageError, UenvError
 from uenvd.oci.files import COPY_BYTES, storage_errors
@@ -78,6 +79,7 @@ class Store:
         self._pulled_into: tuple[Directory, ...] = tuple(reversed(writable))
         self.memory: RegistryMemory = self._writable[0].memory
         self._trouble: dict[Path, float] = {}
+        self._prepared: set[Path] = set()
         self._calls: dict[Path, list[float]] = {one.root: [] for one in self.directories}
         """When each call that is under way should have ended, monotonic."""
 
@@ -119,15 +121,29 @@ class Store:
 
     # -- life
 
-    def prepare(self) -> None:
-        """Create what is missing. A shared directory that is not there yet is no error while there is a local one."""
+    def prepare(self, only: Directory | None = None) -> None:
+        """Create what is missing, in one directory or in all. Trouble with one is no error while there is another that comes before it."""
         for directory in self._writable:
+            if only is not None and directory is not only:
+                continue
             try:
-                directory.prepare()
+                with self._asking(directory):
+                    directory.prepare()
             except StorageError as error:
                 if directory is self._writable[0]:
                     raise
                 self._note_trouble(directory, error)
+            else:
+                self._prepared.add(directory.root)
+
+    def prepare_rest(self) -> None:
+        """Prepare what could not be prepared before, if it can be now. Trouble is for the log."""
+        for directory in self._writable:
+            if directory.root not in self._prepared:
+                try:
+                    self.prepare(directory)
+                except StorageError as error:
+                    self._note_trouble(directory, error)
 
     def usage(self) -> tuple[int, int]:
         """Return (bytes that blobs and parts occupy, bytes free to an ordinary user) of the directory that `root` names."""
@@ -163,12 +179,16 @@ class Store:
         for directory in self.directories:
             try:
                 with self._asking(directory):
-                    return directory.blobs.open(digest)
+                    fd = directory.blobs.open(digest)
             except NotFound:
                 continue
             except StorageError as error:
                 self._note_trouble(directory, error)
                 failure = error
+            else:
+                if directory not in self.sources or why_not(os.fstat(fd), directory.user) is None:
+                    return fd
+                os.close(fd)
         raise failure
 
     def touch(self, digest: str) -> None:
@@ -361,7 +381,10 @@ class Store:
 
     def collect(self) -> int:
         """Remove blobs of this node's directory that no image refers to, older than an hour and not leased; return the bytes freed."""
-        return self.local.collect() if self.local is not None else 0
+        if self.local is None:
+            return 0
+        with self._asking(self.local, _HUNG_BEGIN_S):
+            return self.local.collect()
 
     # -- what the registry said: see RegistryMemory
 
@@ -396,6 +419,8 @@ class Store:
             try:
                 with self._asking(directory):
                     if directory.blobs.has(digest):
+                        if directory in self.sources:
+                            require_trusted((directory.blobs.path(digest),), directory.user)
                         return directory
             except StorageError as error:
                 if len(self.directories) == 1:
@@ -407,7 +432,7 @@ class Store:
     def _asking(self, directory: Directory, patience_s: float | None = None) -> Iterator[None]:
         """Do something in a directory, unless an earlier call hangs there: a file system whose server is gone would take thread after thread.
 
-        Raises `StorageError` at once then.
+        Raises `StorageError` at once then, and for a source that is not to be believed.
         """
         calls = self._calls[directory.root]
         now_s = time.monotonic()
@@ -418,6 +443,10 @@ class Store:
             )
         calls.append(due_s := now_s + (HUNG_S if patience_s is None else patience_s))
         try:
+            if directory in self.sources:
+                blobs = directory.blobs.directory
+                places = (directory.root, directory.root / "images", blobs.parent, blobs)
+                require_trusted(places, directory.user)
             yield
         finally:
             calls.remove(due_s)

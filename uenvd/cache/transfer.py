@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
+from uenvd.cache.inorder import Hand, InOrder
+from uenvd.cache.manners import step_back
 from uenvd.cache.pace import Pace
 from uenvd.cache.partial import Partial
 from uenvd.cache.schedule import Schedule, Task
@@ -36,7 +38,8 @@ from uenvd.oci.remote import BlobRange, Progress, Remote, never, no_progress
 
 log = logging.getLogger(__name__)
 
-BUFFER_BYTES: Final = 1 << 20
+NUDGE_BYTES: Final = 1 << 20
+"""So much is read back for the hash at once, while more comes."""
 RECORD_BYTES: Final = 4 << 20
 """After `kill -9` at most so much of each piece is fetched again."""
 RECORD_S: Final = 0.25
@@ -110,7 +113,7 @@ class Transfer:
         self._arrived = arrived
         self._state = threading.Condition()
         """For the workers. The hash and the caller have signals of their own, so that a megabyte more does not wake everybody."""
-        self._grown = threading.Event()
+        self._in_order = InOrder(partial, self._stopped)
         self._ended = threading.Event()
         self._schedule = Schedule(
             descriptor.size_bytes,
@@ -223,7 +226,7 @@ class Transfer:
         """Tell all threads that it is over. Call with the lock."""
         self._over = True
         self._state.notify_all()
-        self._grown.set()
+        self._in_order.nudge()
         self._ended.set()
 
     # -- threads
@@ -257,18 +260,20 @@ class Transfer:
         return self._over
 
     def _hash(self) -> None:
-        total = self._descriptor.size_bytes
-        while not self._over:
-            self._grown.clear()
-            self._partial.catch_up(self._stopped)
-            with self._state:
-                if self._schedule.complete and self._partial.hashed_bytes >= total:
-                    self._hashed = not self._over
-                    self._end()
-                    return
-            self._grown.wait(_TICK_S)
+        step_back()
+        self._in_order.run(self._is_hashed)
+
+    def _is_hashed(self) -> bool:
+        if self._partial.hashed_bytes < self._descriptor.size_bytes:
+            return False
+        with self._state:
+            if self._schedule.complete:
+                self._hashed = not self._over
+                self._end()
+        return self._over
 
     def _flush(self) -> None:
+        step_back()
         last = time.monotonic()
         while not self._ended.wait(_TICK_S):
             waiting = self._partial.undurable_bytes
@@ -277,39 +282,40 @@ class Transfer:
                 last = time.monotonic()
 
     def _work(self) -> None:
+        step_back()
         self._serve(urgent_only=False)
 
     def _work_urgent(self) -> None:
         self._serve(urgent_only=True)
 
     def _serve(self, *, urgent_only: bool) -> None:
-        buffer = memoryview(bytearray(BUFFER_BYTES))
+        hand = Hand(self._in_order)
         while (task := self._next(urgent_only)) is not None:
             try:
-                self._fetch(task, buffer)
+                self._fetch(task, hand)
             finally:
                 with self._state:
-                    self._asking -= 1
+                    self._asking -= not urgent_only
                     self._schedule.give_back(task)
                     self._state.notify_all()
 
     def _next(self, urgent_only: bool) -> Task | None:
         with self._state:
-            while not self._over and not self._schedule.complete:
-                limit = (self._pace.allowed if self._answered else 1) + (
-                    URGENT_CONNECTIONS if urgent_only else 0
-                )
-                if not self._streaming and self._asking < limit:
-                    task = self._schedule.take(urgent_only=urgent_only)
+            # Also when all is here: as long as it is not hashed, some of it may turn out to be wrong.
+            while not self._over:
+                # Who fetches what is demanded is never held up by connections that give way to it.
+                may = urgent_only or self._asking < (self._pace.allowed if self._answered else 1)
+                if may and not self._streaming:
+                    task = self._schedule.take(urgent_only=urgent_only, alone=self._pace.alone)
                     if task is not None:
-                        self._asking += 1
+                        self._asking += not urgent_only
                         return task
                 self._state.wait(_TICK_S)
         return None
 
     # -- one piece
 
-    def _fetch(self, task: Task, buffer: memoryview) -> None:
+    def _fetch(self, task: Task, hand: Hand) -> None:
         """Bring a piece, with as many attempts as it takes. Raises the last failure."""
         failures = 0
         give_up = time.monotonic() + PIECE_GRACE_S + (task.end - task.at) / self._tuning.min_rate_bytes_per_s
@@ -317,7 +323,7 @@ class Transfer:
             before = self.done_bytes if self._streaming else task.at
             try:
                 self._wait_quiet()
-                self._attempt(task, buffer)
+                self._attempt(task, hand)
                 self._went_well()
             except (RegistryUnreachable, RegistryDenied) as error:
                 self.trouble = error.message
@@ -331,20 +337,20 @@ class Transfer:
                     raise
                 self._pause(error, failures)
 
-    def _attempt(self, task: Task, buffer: memoryview) -> None:
+    def _attempt(self, task: Task, hand: Hand) -> None:
         blob = self._remote.open_range(self._repository, self._descriptor, task.at, task.end, self._stopped)
         try:
             if blob.ignores_range:
-                self._take_whole(blob, task, buffer)
+                self._take_whole(blob, task, hand)
                 return
             with self._state:
                 self._answered = True
                 self._state.notify_all()
-            self._receive(blob, task, buffer)
+            self._receive(blob, task, hand)
         finally:
             blob.close()
 
-    def _receive(self, blob: BlobRange, task: Task, buffer: memoryview) -> None:
+    def _receive(self, blob: BlobRange, task: Task, hand: Hand) -> None:
         """Write what a connection brings, until the end of the piece, which may come closer meanwhile."""
         self.used_mirror = self.used_mirror or not blob.trusted
         at, end = blob.first_byte, blob.end_byte
@@ -352,19 +358,20 @@ class Transfer:
         with self._recording() as note:
             while at < min(end, task.end) and not self._over:
                 if not task.urgent and at >= task.hurry_until:
-                    self._give_way(rate)
-                count = blob.readinto(buffer[: end - at])
+                    self._give_way(task, rate)
+                idle_s = _idle_s()
+                count = blob.readinto(hand.buffer[: end - at])
                 rate.gained(count)
-                self._note_pace(count)
+                self._note_pace(count, _idle_s() - idle_s)
                 skip = max(0, task.at - at)
                 at += count
                 useful = min(at, task.end) - task.at
                 if useful > 0:
-                    self._write(task.at, buffer[skip : skip + useful])
+                    self._write(task.at, hand, skip, skip + useful)
                     task.at += useful
                 note(count)
 
-    def _take_whole(self, blob: BlobRange, task: Task, buffer: memoryview) -> None:
+    def _take_whole(self, blob: BlobRange, task: Task, hand: Hand) -> None:
         """Take the blob as one stream from a place that ignores ranges. One connection does that, the others wait."""
         with self._state:
             if self._streaming:
@@ -377,12 +384,12 @@ class Transfer:
         try:
             with self._recording() as note:
                 while at < blob.end_byte and not self._over and not self._schedule.complete:
-                    count = blob.readinto(buffer)
+                    count = blob.readinto(hand.buffer)
                     rate.gained(count)
                     with self._state:
                         gaps = list(self._schedule.held.gaps(at, at + count))
                     for first, end in gaps:
-                        self._write(first, buffer[first - at : end - at])
+                        self._write(first, hand, first - at, end - at, whole=len(gaps) == 1)
                     at += count
                     note(count)
         finally:
@@ -391,19 +398,20 @@ class Transfer:
                 task.at = min(task.end, self._schedule.held.run_from(task.at))
                 self._state.notify_all()
 
-    def _write(self, first: int, data: memoryview) -> None:
-        self._partial.write_at(first, data)
-        end = first + len(data)
+    def _write(self, first: int, hand: Hand, start: int, end: int, *, whole: bool = True) -> None:
+        """Write a part of a buffer, tell about it, and have it hashed; ``whole``: the rest of the buffer is not needed any more."""
+        mark = self._partial.write_at(first, hand.buffer[start:end])
         with self._state:
-            self._schedule.written(first, end)
+            self._schedule.written(first, first + end - start)
+            frontier = self._schedule.held.run_from(0)
             complete = self._schedule.complete
             if complete:
                 self._state.notify_all()
-            ready = self._schedule.held.run_from(0) - self._partial.hashed_bytes
-        if complete or ready >= BUFFER_BYTES:
-            self._grown.set()
         if self._arrived is not None:
-            self._arrived(first, end)
+            self._arrived(first, first + end - start)
+        taken = whole and hand.passes_on(first, start, end, mark, frontier)
+        if complete or (not taken and frontier - self._partial.hashed_bytes >= NUDGE_BYTES):
+            self._in_order.nudge()
 
     @contextmanager
     def _recording(self) -> Iterator[Callable[[int], None]]:
@@ -448,23 +456,34 @@ class Transfer:
         with self._state:
             self._pace.served()
 
-    def _note_pace(self, count: int) -> None:
+    def _note_pace(self, count: int, waited_s: float) -> None:
         with self._state:
             before = self._pace.allowed
-            if self._pace.gained(count, time.monotonic()):
+            if self._pace.gained(count, time.monotonic(), waited_s):
                 self._schedule.cut_to_first()
             if self._pace.allowed > before:
+                self._schedule.cut_to_pieces()
                 self._state.notify_all()
 
-    def _give_way(self, rate: _Rate) -> None:
-        """Leave the line to what was demanded, but not for ever."""
+    def _give_way(self, task: Task, rate: _Rate) -> None:
+        """Leave the line to what was demanded, but not for ever, nor where this connection brings it or has nothing to bring any more."""
         if not self._started_urgent:
             return
         with self._state:
             end = time.monotonic() + YIELD_S
-            while not self._over and self._schedule.urgent and (left := end - time.monotonic()) > 0:
+            while (
+                not self._over
+                and task.hurry_until <= task.at < task.end
+                and self._schedule.urgent
+                and (left := end - time.monotonic()) > 0
+            ):
                 self._state.wait(min(left, _TICK_S))
         rate.restart()
+
+
+def _idle_s() -> float:
+    """Return a clock of the time in which this thread does nothing."""
+    return time.monotonic() - time.thread_time()
 
 
 class _Rate:

@@ -44,6 +44,7 @@ NODE_LIMIT_S = 2.5
 BASHRC_S = 10.0
 DEFAULT_MOUNT_POINTS = ("/user-environment", "/user-tools")
 _MARK = "/uenvctl-doctor/bin"
+_ROOM_BYTES = 1_000_000
 _GREEN, _YELLOW, _RED = 32, 33, 31
 
 
@@ -170,14 +171,14 @@ def _daemon(path: str) -> tuple[list[Check], dict[str, Any] | None]:
     checks = []
     if isinstance(cache, dict) and isinstance(cache.get("free_bytes"), int):
         facts.append(f"{output.megabytes(cache['free_bytes'])} MB free in {cache.get('path')}")
-        if cache["free_bytes"] < 1_000_000:
+        if cache["free_bytes"] + _removable_bytes(cache, images) < _ROOM_BYTES:
             checks.append(
                 Check(
                     "cache",
                     "wrong",
                     f"no room in {cache.get('path')}",
                     "images that are not on this node yet cannot be fetched",
-                    "free space on its file system, or: uenvctl image evict UENV",
+                    "free space on its file system, or wait until images in use are not: uenvctl status",
                 )
             )
     if status.get("version") != __version__:
@@ -191,6 +192,18 @@ def _daemon(path: str) -> tuple[list[Check], dict[str, Any] | None]:
             )
         )
     return [Check("daemon", "ok", ", ".join(facts)), *checks], status
+
+
+def _removable_bytes(cache: Mapping[str, Any], images: object) -> int:
+    """Return how much of the cache uenvd can remove by itself when an image needs the room: all that nobody uses."""
+    used = cache.get("used_bytes")
+    in_use = [
+        image.get("total_bytes")
+        for image in (images if isinstance(images, list) else ())
+        if isinstance(image, dict) and image.get("digest") and image.get("leases")
+    ]
+    held = sum(size for size in in_use if isinstance(size, int))
+    return max(0, used - held) if isinstance(used, int) else 0
 
 
 def _registry(path: str) -> Check:

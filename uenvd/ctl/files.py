@@ -1,12 +1,16 @@
-"""Image files of the user's own: served by a `uenvd-fs` process that runs as the user, without the daemon.
+"""Image files of the user's own: served by processes that run as the user, without the daemon.
 
-The worker is started in the user's namespaces, before he leaves them: it must not hold its own mount alive. It is no child of the command
+They are those that the daemon would start, a supervisor with its workers: the mount is made in the session's user namespace, where the user
+may make it, so nothing speaks against the fast transport. ``UENVD_TRANSPORT=pyfuse3`` in the environment takes one process through libfuse.
+
+The server is started in the user's namespaces, before he leaves them: it must not hold its own mount alive. It is no child of the command
 that will run: twice forked, in a session of its own. It ends when the session's mount namespace does.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import select
 import socket
@@ -23,23 +27,28 @@ REPORT_S = 60.0
 _LAST_WORDS_BYTES = 4096
 _LAST_WORDS_S = 2.0
 _CACHE_BYTES = 256 << 20
+_MAX_WORKERS = 2
 
 
 class Worker:
-    """A `uenvd-fs` process that waits for its setup. Closing it before `serve` ends the process."""
+    """A server that waits for its setup. Closing it before `serve` ends the process."""
 
     def __init__(self) -> None:
         """Start the process. Raises `ResourceMissing`."""
+        self._libfuse = os.environ.get("UENVD_TRANSPORT") == "pyfuse3"
         try:
             self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self._errors, errors = os.pipe()
             with theirs:
                 try:
-                    _spawn(theirs.fileno(), errors)
+                    what = (
+                        ("uenvd.fuse.worker", "--supervised") if self._libfuse else ("uenvd.fuse.supervise",)
+                    )
+                    _spawn(what, theirs.fileno(), errors)
                 finally:
                     os.close(errors)
         except OSError as error:
-            raise ResourceMissing(f"cannot start uenvd-fs: {error.strerror}") from error
+            raise ResourceMissing(f"cannot start the server of images: {error.strerror}") from error
 
     def serve(self, path: str, name: str) -> tuple[int, ImageMeta | None, tuple[str, ...]]:
         """Mount and serve an image. Call in the user namespace of the session.
@@ -57,22 +66,36 @@ class Worker:
         """
         fuse_fd = mounts.open_fuse_device()
         try:
-            mount_fd = mounts.fuse_mount(fuse_fd, source=f"uenvd:{path}", uid=os.getuid(), gid=os.getgid())
+            source = f"uenvd:{path}"
+            mount_fd = mounts.fuse_mount(fuse_fd, source=source, uid=os.getuid(), gid=os.getgid())
             try:
-                setup = handover.WorkerSetup(("fuse",), path=path, cache_bytes=_CACHE_BYTES, name=name)
-                report = self._exchange(setup, fuse_fd, name)
+                report = self._exchange(path, source, fuse_fd, name)
             except BaseException:
                 os.close(mount_fd)
                 raise
         finally:
-            os.close(fuse_fd)  # the worker's is the only one now: its death must end the connection
+            os.close(fuse_fd)  # only the server has it now: its death must end the connection
         return mount_fd, report.meta, report.notes
 
-    def _exchange(self, setup: handover.WorkerSetup, fuse_fd: int, name: str) -> handover.WorkerReport:
+    def _exchange(self, path: str, source: str, fuse_fd: int, name: str) -> handover.WorkerReport:
         self._channel.settimeout(REPORT_S)
         try:
-            handover.send_setup(self._channel, setup, [fuse_fd])
-            data = self._channel.recv(handover.MAX_REPORT_BYTES + 1)
+            if self._libfuse:
+                setup = handover.WorkerSetup(("fuse",), path=path, cache_bytes=_CACHE_BYTES, name=name)
+                handover.send_setup(self._channel, setup, [fuse_fd])
+                data = self._channel.recv(handover.MAX_REPORT_BYTES + 1)
+            else:
+                data = self._supervise(
+                    handover.Duty(
+                        "own",
+                        name,
+                        source,
+                        path=path,
+                        cache_bytes=_CACHE_BYTES,
+                        workers=min(_MAX_WORKERS, len(os.sched_getaffinity(0))),
+                    ),
+                    fuse_fd,
+                )
         except TimeoutError:
             raise DaemonTimeout(
                 f"{name} could not be opened within {REPORT_S:.0f} s", hint="is its file system slow or hung?"
@@ -90,6 +113,18 @@ class Worker:
         if report.error is not None:
             raise report.error
         return report
+
+    def _supervise(self, duty: handover.Duty, fuse_fd: int) -> bytes:
+        """Have a supervisor begin; return its report as a worker's datagram, empty at its end. Raises `OSError`, `ProtocolError`."""
+        begin = handover.Message("begin", {"duty": duty.to_wire()}, ("fuse",))
+        handover.send_message(self._channel, begin, [fuse_fd])
+        while (received := handover.receive_message(self._channel)) is not None:
+            message, descriptors = received
+            for descriptor in descriptors:
+                os.close(descriptor)
+            if message.op == "report":
+                return json.dumps(message.fields.get("report")).encode()
+        return b""
 
     def _last_words(self) -> str:
         """Return the end of what the dead worker wrote to stderr, on one line."""
@@ -109,9 +144,9 @@ class Worker:
         os.close(self._errors)
 
 
-def _spawn(channel_fd: int, errors_fd: int) -> None:
-    """Start the worker with the channel as its only inherited descriptor but the standard ones. Raises OSError."""
-    command = [sys.executable, "-I", "-m", "uenvd.fuse.worker", "--supervised"]
+def _spawn(what: tuple[str, ...], channel_fd: int, errors_fd: int) -> None:
+    """Start the server with the channel as its only inherited descriptor but the standard ones. Raises OSError."""
+    command = [sys.executable, "-I", "-m", *what]
     pid = os.fork()
     if pid == 0:
         try:

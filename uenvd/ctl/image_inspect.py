@@ -11,6 +11,7 @@ from typing import Any
 from uenvd.ctl import output
 from uenvd.ctl.arguments import FLAG, parse
 from uenvd.ctl.client import REGISTRY_ANSWER_S, Client, socket_path
+from uenvd.ctl.own import as_file
 from uenvd.errors import AccessDenied, FormatError, ProtocolError, StorageError, UsageError
 from uenvd.label import parse_description
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     if "--help" in arguments.flags:
         print(HELP, end="")
         return 0
-    description = parse_description(arguments.words[0])
+    description = as_file(parse_description(arguments.words[0]), os.environ)
     output.mention_files([description])
     if description.path is not None:
         facts = inspect_file(description.path)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
-from uenvd.ctl import output, records
-from uenvd.ctl.arguments import FLAG
-from uenvd.errors import RegistryDenied, RegistryError, RegistryUnreachable
+from uenvd.ctl import output, own, records
+from uenvd.ctl.arguments import FLAG, Arguments
+from uenvd.errors import DaemonUnreachable, RegistryDenied, RegistryError, RegistryUnreachable
 
 HELP = """\
 usage: uenvctl image ls [--here] [LABEL]
 
 List the images that you can use, as 'image find' does, with a column 'here': whether this node has the image already.
-One that it does not have is fetched when you use it. Also listed is what this node still has although its tag is gone
-from the registry. Every field of the label may be left out; the name need only begin as given.
+One that it does not have is fetched when you use it. Also listed are your own images (mine::..., see uenvd-publish
+build), and what this node still has although its tag is gone from the registry. Every field of the label may be left
+out; the name need only begin as given.
 
   --here         only what is on this node; the registry is not asked
   --json         {"records": [...]}, see docs/json.md
@@ -36,20 +38,36 @@ def main(argv: Sequence[str]) -> int:
     arguments = records.parse_listing(argv, command="image ls", options=OPTIONS, help_text=HELP)
     if arguments is None:
         return 0
-    with records.connect(arguments) as client:
-        stored = records.ask(client, "images", arguments)
-        found: list[dict[str, Any]] = []
-        if "--here" not in arguments.flags:
-            try:
-                found = records.ask(client, "find", arguments)
-            except (RegistryUnreachable, RegistryDenied, RegistryError) as error:
-                output.note(f"{error.message}; listed is only what is on this node")
+    text = records.label_of(arguments)
+    mine = records.checked(own.records(text, os.environ))
+    found: list[dict[str, Any]] = []
+    stored: list[dict[str, Any]] = []
+    if not own.asks_only_for_own(text):
+        try:
+            found, stored = _of_daemon(arguments)
+        except DaemonUnreachable as error:
+            if not mine:
+                raise
+            output.note(f"{error.message}; listed are only your own images")
     nothing = (
         "no image on this node matches; in the registry: uenvctl image find"
         if "--here" in arguments.flags
         else "no image matches; all there is: uenvctl image ls @'*'"
     )
-    return records.show(joined(found, stored), arguments, here=True, nothing=nothing)
+    return records.show(joined([*mine, *found], stored), arguments, here=True, nothing=nothing)
+
+
+def _of_daemon(arguments: Arguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return what the registry has and what this node has; without an answer of the registry only the latter."""
+    with records.connect(arguments) as client:
+        stored = records.ask(client, "images", arguments)
+        if "--here" in arguments.flags:
+            return [], stored
+        try:
+            return records.ask(client, "find", arguments), stored
+        except (RegistryUnreachable, RegistryDenied, RegistryError) as error:
+            output.note(f"{error.message}; listed is only what is on this node")
+            return [], stored
 
 
 def joined(found: Sequence[dict[str, Any]], stored: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

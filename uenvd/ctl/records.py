@@ -11,6 +11,7 @@ from uenvd.ctl.arguments import FLAG, Arguments, parse
 from uenvd.ctl.client import REGISTRY_ANSWER_S, Client, socket_path
 from uenvd.errors import ProtocolError
 from uenvd.label import parse_namespaced_label
+from uenvd.own import NAMESPACE
 
 OPTIONS = {"--json": FLAG, "--no-header": FLAG, "--refresh": FLAG}
 HEADER = ("uenv", "arch", "system", "id", "size(MB)", "date")
@@ -89,8 +90,9 @@ def _row(record: Mapping[str, Any], *, here: bool) -> tuple[str, ...]:
         return f"{sign}{value}" if value is not None else ""
 
     size = record.get("size_bytes")
+    prefix = f"{NAMESPACE}::" if record.get("namespace") == NAMESPACE else ""
     row = (
-        field("name") + field("version", "/") + field("tag", ":"),
+        prefix + field("name") + field("version", "/") + field("tag", ":"),
         field("uarch"),
         field("system"),
         field("id"),

@@ -20,6 +20,7 @@ from uenvd import mounts
 from uenvd.ctl.client import Client
 from uenvd.ctl.output import Progress, mention_files, note
 from uenvd.ctl.overlay import attach_copies, ssh_includes
+from uenvd.ctl.own import as_file, name_of
 from uenvd.errors import (
     LabelError,
     MountConflict,
@@ -87,7 +88,7 @@ class Plan(NamedTuple):
     @classmethod
     def parse(cls, uenv: str, views: str | None) -> Plan:
         """Parse the command line's texts. Raises `LabelError`, `MountPointError`, `MountConflict`."""
-        descriptions = parse_descriptions(uenv)
+        descriptions = tuple(as_file(one, os.environ) for one in parse_descriptions(uenv))
         for one in descriptions:
             if one.mount is not None and clean_mount(one.mount) is None:
                 raise MountPointError(
@@ -119,8 +120,13 @@ class Plan(NamedTuple):
 # --- what is mounted ----------------------------------------------------------------------------------------------------------------
 
 
-def parse_mountinfo(text: str) -> list[Mounted]:
-    """Return the images in a text of the form of /proc/self/mountinfo (proc(5)), topmost ones only, in its order."""
+def parse_mountinfo(text: str, uid: int) -> list[Mounted]:
+    """Return the images in a text of the form of /proc/self/mountinfo (proc(5)), topmost ones only, in its order.
+
+    Only mounts of root's and of the user ``uid``'s own count: any user may have fusermount3 make a FUSE mount with whatever source he likes,
+    which others then see in their tables (fs/fuse/inode.c: fuse_show_options tells whose it is, ``user_id``).
+    """
+    trusted = {"user_id=0", f"user_id={uid}"}
     found: dict[str, str] = {}
     for line in text.splitlines():
         head, _, tail = line.partition(" - ")
@@ -129,7 +135,12 @@ def parse_mountinfo(text: str) -> list[Mounted]:
             continue
         mount, source = _unescaped(before[4]), _unescaped(after[1])
         found.pop(mount, None)
-        if after[0].startswith("fuse") and source.startswith(SOURCE_PREFIX):
+        options = after[2].split(",") if len(after) > 2 else ()
+        if (
+            after[0].startswith("fuse")
+            and source.startswith(SOURCE_PREFIX)
+            and not trusted.isdisjoint(options)
+        ):
             found[mount] = source.removeprefix(SOURCE_PREFIX)
     return [Mounted(source, mount) for mount, source in found.items()]
 
@@ -145,7 +156,7 @@ def _unescaped(field: str) -> str:
 def mounted_images() -> list[Mounted]:
     """Return the images that are mounted in this process's namespace."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:  # noqa: PTH123 - pathlib is slow to import
-        return parse_mountinfo(file.read())
+        return parse_mountinfo(file.read(), os.getuid())
 
 
 def refuse_inside_session(command: str) -> None:
@@ -315,7 +326,9 @@ def _serve_files(
                 hint=f"name a mount point: {one.path}:/user-environment",
             )
         name = meta.name if meta is not None else path.rpartition("/")[2]
-        parts.append(Part(mount_fd, mount, str(one.path), name, path, None, _identity(path)))
+        parts.append(
+            Part(mount_fd, mount, name_of(str(one.path), os.environ), name, path, None, _identity(path))
+        )
         metas.append((None, meta))
     return parts, metas
 

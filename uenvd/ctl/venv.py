@@ -3,7 +3,7 @@
 What ``python -m venv`` makes has a link to the image's interpreter, which leads nowhere where the image is not mounted: ``source bin/activate``
 then silently finds the machine's Python, programs say "bad interpreter". In its place goes a small script that becomes the interpreter where
 that exists (Python finds its ``pyvenv.cfg`` by the name under which it was started), and else says what to start. Python's own files are not touched,
-and a second run changes nothing.
+and a second run changes nothing. The Python of images of the builder ``python`` calls this by itself (`uenvd.publish.build.venv_hook`).
 """
 
 # ruff: noqa: PTH110, PTH112, PTH114, PTH115, PTH123, PTH208 - pathlib is slow to import
@@ -80,7 +80,9 @@ def _make(directory: str, mounts: Mapping[str, str], options: Sequence[str]) -> 
             hint="start the session with the view that has Python: uenvctl start --view=VIEW UENV",
         )
     command = [python, "-m", "venv", "--system-site-packages", *options, directory]
-    status = os.spawnv(os.P_WAIT, python, command)  # noqa: S606
+    # without the variable by which the image's own venv knows that it has to call us (publish/build/venv_hook.py)
+    environ = {name: value for name, value in os.environ.items() if name != "UENV_MOUNT_LIST"}
+    status = os.spawnve(os.P_WAIT, python, command, environ)  # noqa: S606
     if status != 0:
         raise UsageError(f"{python} could not make {directory}", hint="what it said is above")
 

@@ -16,7 +16,8 @@ from typing import Final
 
 import trio
 
-from uenvd.daemon.supervision import HELLO_DEADLINE_S, ImageDirectory, parse_report, receive, send
+from uenvd.daemon.rundir import ImageDirectory
+from uenvd.daemon.supervision import HELLO_DEADLINE_S, parse_report, receive, send
 from uenvd.errors import ProtocolError
 from uenvd.fuse.protocol import Negotiated
 from uenvd.fuse.slots import Slots
@@ -153,7 +154,7 @@ def _from_store(
     if recorded is None or "fuse" not in stored:
         return None
     duty, state = recorded
-    if duty.blob is None or state.negotiated is None:
+    if (duty.blob is None and state.file is None) or state.negotiated is None:
         return None
     lost = "slots" not in stored
     if lost and not (resend and Negotiated.from_wire(state.negotiated).resend):
@@ -164,9 +165,7 @@ def _from_store(
 
 def new_slots(duty: Duty) -> int:
     """Return shared memory for the requests of a connection; the caller owns the descriptor. Raises `OSError`."""
-    descriptor = os.memfd_create("uenvd-slots", os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, Slots.size_bytes(duty.workers * SLOTS_PER_WORKER))
-    return descriptor
+    return Slots.new_memory(duty.workers * SLOTS_PER_WORKER)
 
 
 def _close_all(descriptors: list[int]) -> None:

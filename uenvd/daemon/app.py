@@ -6,6 +6,7 @@ socket answers. The end is a cancellation: workers and clones in use go on, ever
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import pwd
@@ -13,6 +14,7 @@ import resource
 import signal
 import socket
 import stat
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -22,7 +24,7 @@ import trio
 from uenvd.cache.leases import node_name
 from uenvd.cache.store import Store
 from uenvd.config import Config
-from uenvd.daemon import adoption, exporter
+from uenvd.daemon import adoption, disk, exporter
 from uenvd.daemon.catalogue import Catalogue
 from uenvd.daemon.control import ControlServer
 from uenvd.daemon.lazy import Lazies
@@ -30,12 +32,12 @@ from uenvd.daemon.mounter import Mounter
 from uenvd.daemon.notify import Inherited, Notifier, inherited
 from uenvd.daemon.peer import Identity
 from uenvd.daemon.pulls import Pulls
+from uenvd.daemon.rundir import ImageDirectory
 from uenvd.daemon.served import ServedImages
 from uenvd.daemon.servers import Servers
 from uenvd.daemon.service import Service
-from uenvd.daemon.supervision import ImageDirectory
 from uenvd.daemon.upkeep import Upkeep, pull_again
-from uenvd.errors import ConfigError, InUse, ResourceMissing
+from uenvd.errors import ConfigError, InUse, ResourceMissing, StorageError
 from uenvd.mounts import PrivateMounts
 from uenvd.oci.credentials import forbid_core_dumps
 from uenvd.oci.reference import parse_registry
@@ -44,6 +46,9 @@ from uenvd.oci.remote import open_remote
 log = logging.getLogger(__name__)
 
 _BACKLOG: Final = 128
+SWITCH_S: Final = 0.0005
+PREPARE_S: Final = 12.0
+"""How long the start waits for a directory of the cache."""
 
 
 def run(config: Config) -> None:
@@ -70,9 +75,7 @@ async def _serve(
     config: Config, listener: socket.socket, passed: Inherited, private: PrivateMounts, worker: Identity
 ) -> None:
     store = Store.from_config(config.cache, node_name(config.run_dir))
-    await trio.to_thread.run_sync(store.prepare)
-    if freed_bytes := await trio.to_thread.run_sync(store.collect):
-        log.info("removed %d bytes that no image of the cache needs", freed_bytes)
+    await _prepare(store)
     remote = open_remote(
         parse_registry(config.registry.url),
         auth_file=config.registry.auth_file,
@@ -115,7 +118,9 @@ async def _serve(
                 await served.adopt(adopted)
             catalogue = Catalogue(config, remote, store)
             service = Service(config, catalogue=catalogue, store=store, pulls=pulls, served=served)
-            server = ControlServer(service.handle, connections_per_user=config.limits.connections)
+            server = ControlServer(
+                service.handle, connections_per_user=config.limits.connections, at_once=service.at_once
+            )
             service.connections = lambda: server.connections
             await nursery.start(server.serve, listener)
             nursery.start_soon(service.observer.journal.run)
@@ -126,12 +131,33 @@ async def _serve(
                 log.info("metrics: http://127.0.0.1:%d/metrics", port)
             nursery.start_soon(notifier.watchdog)
             log.info("serving system %s from %s on %s", config.system, remote.address, config.socket)
+            settle()
             notifier.ready(f"serving {config.system} from {remote.address}")
     finally:
         mounter.close()
         directory.close()
         remote.close()
         log.info("stopped")
+
+
+async def _prepare(store: Store) -> None:
+    """Make the directories of the cache ready. Raises `StorageError`, but not for one that does not answer: that is done when it does."""
+    for directory in store.writable:
+        with trio.move_on_after(PREPARE_S) as waiting:
+            await trio.to_thread.run_sync(store.prepare, directory, abandon_on_cancel=True)
+        if waiting.cancelled_caught:
+            log.error(
+                "%s: the file system has not answered for %g s; uenvd begins without it",
+                directory.root,
+                PREPARE_S,
+            )
+    try:
+        freed_bytes = await disk.call(store.collect)
+    except StorageError as error:
+        log.warning("%s", error)
+    else:
+        if freed_bytes:
+            log.info("removed %d bytes that no image of the cache needs", freed_bytes)
 
 
 async def _stop_on_signal(scope: trio.CancelScope, notifier: Notifier, served: ServedImages) -> None:
@@ -142,6 +168,17 @@ async def _stop_on_signal(scope: trio.CancelScope, notifier: Notifier, served: S
             served.prepare_stop()
             scope.cancel()
             return
+
+
+def settle() -> None:
+    """Prepare the interpreter for years of short requests beside threads that move gigabytes.
+
+    What start-up has made is never looked at by the garbage collector again, whose full rounds stop a request for milliseconds. And a
+    request that wakes up waits for a busy thread to let go of the interpreter no longer than `SWITCH_S`, a tenth of Python's default.
+    """
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(SWITCH_S)
 
 
 def _worker_identity(name: str) -> Identity:

@@ -23,10 +23,22 @@ from uenvd.label import parse_descriptions, parse_namespaced_label
 from uenvd.protocol import Request
 
 
+def user_at_once(connection: Connection, request: Request) -> Identity | None:
+    """Return for whom a request is where nobody has to be asked; None: ask `user_of`."""
+    peer = connection.peer
+    if request.uid is None or request.uid == peer.identity.uid:
+        return peer.identity
+    if peer.is_root and request.gid is not None and request.groups is not None:
+        return Identity(request.uid, request.gid, request.groups)
+    return None
+
+
 async def user_of(connection: Connection, request: Request) -> Identity:
     """Return for whom a request is: the peer, or whom root names. Raises `AccessDenied`."""
-    if request.uid is None or request.uid == connection.peer.identity.uid:
-        return connection.peer.identity
+    known = user_at_once(connection, request)
+    if known is not None:
+        return known
+    assert request.uid is not None
     if not connection.peer.is_root:
         raise AccessDenied(f"uid {connection.peer.identity.uid} cannot speak for uid {request.uid}")
     return await trio.to_thread.run_sync(identity_of, request.uid)

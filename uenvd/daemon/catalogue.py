@@ -11,7 +11,6 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
@@ -20,8 +19,10 @@ import trio
 from uenvd.cache.store import Store
 from uenvd.config import Config
 from uenvd.daemon import disk, resolution
+from uenvd.daemon.meanings import Meanings
 from uenvd.daemon.membership import Membership
 from uenvd.daemon.metrics import METRICS
+from uenvd.daemon.noted import Noted
 from uenvd.daemon.question import Image, Question, listed_image, make_image
 from uenvd.daemon.resolution import Found, Listed, Repository
 from uenvd.daemon.signed import Signatures
@@ -31,7 +32,6 @@ from uenvd.errors import (
     NotFound,
     RegistryDenied,
     RegistryUnreachable,
-    StorageError,
     UenvError,
     UnknownLabel,
 )
@@ -56,7 +56,6 @@ _QUIET_S: Final = 3.0
 """After a failure the registry is left alone for this long."""
 _ATTACHED_TTL_S: Final = 3600.0
 _ADVICE_S: Final = 1.0
-_NOTE_S: Final = 2.0
 """What may be lost on advice that no job depends on."""
 _MAX_MANIFESTS: Final = 512
 _MAX_ANSWERS: Final = 20_000
@@ -74,7 +73,9 @@ class Catalogue:
         self._store = store
         self._limiter = trio.CapacityLimiter(_REGISTRY_THREADS)
         self._manifests: OrderedDict[str, tuple[Manifest, bytes | None]] = OrderedDict()
+        self.meanings = Meanings(config.resolve_ttl_s)
         self._answers: OrderedDict[tuple[str, str], tuple[Any, float]] = OrderedDict()
+        self._noted = Noted(store)
         self._membership = Membership(remote, store)
         self._signatures = Signatures(config.signatures, store)
         self._quiet_until = float("-inf")
@@ -106,6 +107,17 @@ class Catalogue:
             asked = await disk.call(self._label_of, asked.digest)
         resolution.need_name(asked)
         wanted = self._complete(asked)
+        image = self.meanings.recall(wanted, question)
+        if image is None:
+            image = await self._choose(asked, wanted, question)
+            self.meanings.keep(wanted, image, question)
+        await self._signatures.require(self, image, question, pinned=asked.digest is not None)
+        await self._warn(image.found, question)
+        await self._noted.note(image)
+        return image
+
+    async def _choose(self, asked: Label, wanted: Label, question: Question) -> Image:
+        """Look among what there is for what a label means; ``wanted`` is the label with what it left out."""
         known: dict[str, Sequence[str]] = {}
         direct = self._direct(wanted)
         candidates = direct or resolution.matching(wanted, await self._repositories(wanted, question))
@@ -120,12 +132,7 @@ class Catalogue:
                 if question.permit is not None:
                     question.permit.require(repository.label)
             known |= await self._others(wanted, question)
-        image = await self.image(resolution.choose(asked, found, known), question)
-        await self._signatures.require(self, image, question)
-        await self._warn(image.found, question)
-        with suppress(StorageError):  # a favour, for the time after a restart
-            await disk.call(self._note, image, deadline_s=_NOTE_S)
-        return image
+        return await self.image(resolution.choose(asked, found, known), question)
 
     def _label_of(self, digest: str) -> Label:
         """Return the label of an image that this node has used, for one who knows it by its digest only (blocking).
@@ -146,6 +153,7 @@ class Catalogue:
         asked = Question(min(question.deadline_s, trio.current_time() + _ADVICE_S), refresh=False)
         asked.remembered_only = question.remembered_only
         index = await self._index(label, asked)
+        question.oldest_s = max(question.oldest_s or 0.0, asked.oldest_s or 0.0)
         entry = index.entries.get((found.repository.path, found.digest)) if index is not None else None
         if entry is not None and entry.deprecated:
             question.note(f"{found.label._replace(namespace=None)} is deprecated: {entry.deprecated}")
@@ -185,17 +193,6 @@ class Catalogue:
         except UenvError:
             return []
         return [repository for repository in resolution.matching(wanted, paths) if repository not in seen]
-
-    def _note(self, image: Image) -> None:
-        """Keep the manifest of a resolved image on disk: after a restart the label resolves also without the registry."""
-        found = image.found
-        if self._store.image(found.digest) is None:
-            try:
-                self._store.put_manifest(
-                    found.repository.path, image.manifest, image.layer, image.raw_config, tag=found.tag
-                )
-            except StorageError as error:
-                log.warning("%s", error)
 
     async def image(self, found: Found, question: Question) -> Image:
         """Return an image with its manifest and metadata."""
@@ -465,6 +462,8 @@ class Catalogue:
                 raise
             question.note_stale(error, now_s - known[1])
             return known[0]
+        if known is None or known[0] != answer:
+            self.meanings.clear()
         self._answers[key] = (answer, now_s)
         self._answers.move_to_end(key)
         while len(self._answers) > _MAX_ANSWERS:

@@ -92,6 +92,11 @@ class Lazy:
         """How many bytes were verified."""
         return self._arriving.done_bytes if self._arriving is not None else 0
 
+    @property
+    def stopped(self) -> bool:
+        """Nobody uses it any more."""
+        return self._stopped
+
     async def begin(self, *, patient: bool) -> None:
         """Claim the blob. Raises `InUse` while somebody else writes it, `StorageFull`, `StorageError`."""
         layer = self.image.layer

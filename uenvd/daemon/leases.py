@@ -87,7 +87,7 @@ class Leases:
         held = [served for other in self if other.owner.uid == lease.owner.uid for served in other.served]
         files = sum(isinstance(served.source, FileSource) for served in held)
         new_files = sum(wanted.image is None for wanted in lease.images)
-        pulls = len({served for served in held if served.state in ("opening", "pulling")})
+        pulls = len({served for served in held if served.is_on_its_way})
         for count, limit, what in (
             (len(held) + len(lease.images), self._limits.mounts, "mounts"),
             (files + new_files if new_files else 0, self._limits.files, "mounts of files of one's own"),
@@ -95,3 +95,10 @@ class Leases:
         ):
             if count > limit:
                 raise LimitExceeded(f"uid {lease.owner.uid} may have {limit} {what} at once on this node")
+        each_bytes = self._images.image_memory_bytes
+        if new_files and (files + new_files) * each_bytes > self._limits.memory_bytes:
+            raise LimitExceeded(
+                f"mounts of files of one's own may take {self._limits.memory_bytes / 1e9:.1f} GB of memory of this node for uid"
+                f" {lease.owner.uid}, each up to {each_bytes / 1e9:.1f} GB",
+                hint="end a session that uses one; the site sets limits.memory",
+            )

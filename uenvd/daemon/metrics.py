@@ -19,6 +19,7 @@ import logging
 import math
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, TypeAlias
 
@@ -39,7 +40,7 @@ _Sample: TypeAlias = tuple[str, Sequence[tuple[str, str]], float]
 """Suffix of the name, labels, value."""
 
 
-class Metric:
+class Metric(ABC):
     """What all kinds have in common: a name, a help text, the names of its labels."""
 
     kind = "untyped"
@@ -56,9 +57,9 @@ class Metric:
         key = tuple(labels[name] for name in self.labels)
         return key if key in present or len(present) < MAX_SERIES else ("other",) * len(key)
 
+    @abstractmethod
     def samples(self) -> Iterable[_Sample]:
         """Return the present values."""
-        raise NotImplementedError
 
     def lines(self) -> Iterator[str]:
         """Yield the metric's part of the text."""

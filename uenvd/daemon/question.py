@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from uenvd.daemon.access import Permit
 from uenvd.daemon.peer import Identity
@@ -78,10 +79,16 @@ def make_image(found: Found, manifest: Manifest, raw_config: bytes | None) -> Im
     config = None
     if raw_config is not None:
         try:
-            config = parse_config(raw_config)
+            config = _parsed_config(raw_config)
         except ManifestError as error:
             log.warning("the metadata of %s is unusable: %s", manifest.digest, error)
     return Image(found, manifest, squashfs_layer(manifest), raw_config, config)
+
+
+@lru_cache(maxsize=64)
+def _parsed_config(raw: bytes) -> ImageConfig | None:
+    """Parse a config blob; a job's steps ask for the same one again and again, and it may hold thousands of digests."""
+    return parse_config(raw)
 
 
 def listed_image(image: Image) -> Listed:

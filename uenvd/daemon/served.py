@@ -28,6 +28,7 @@ import trio
 from uenvd.cache.store import Store
 from uenvd.daemon import disk
 from uenvd.daemon.adoption import Adopted
+from uenvd.daemon.clones import Clones
 from uenvd.daemon.lazy import Lazies, Lazy
 from uenvd.daemon.metrics import METRICS
 from uenvd.daemon.mounter import Mounter
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 
 _POLL_S: Final = 0.2
 _LET_GO_S: Final = 2.0
+_ROOT: Final = Identity(0, 0, ())
 """How long the kernel and the worker may take to end a connection that nobody uses."""
 
 
@@ -150,6 +152,11 @@ class Served:
         return self.done_bytes if self.lazy is None else self.lazy.done_bytes
 
     @property
+    def is_on_its_way(self) -> bool:
+        """Whether bytes of it are fetched, or are about to be."""
+        return self.state in ("opening", "pulling") or (self.lazy is not None and not self.lazy.done)
+
+    @property
     def mount_source(self) -> str:
         """What mountinfo shows as the source: the session's truth."""
         return f"uenvd:{self.digest or self.label}"
@@ -193,12 +200,18 @@ class ServedImages:
         self._pulls = pulls
         self._lazies = lazies
         self._mounter = mounter
+        self._clones = Clones(nursery, mounter)
         self._servers = servers
         self._worker_identity = worker_identity
         self._worker_cache_bytes = worker_cache_bytes
         self._linger_s = linger_s
         self._by_digest: dict[str, Served] = {}
         self._all: set[Served] = set()
+
+    @property
+    def image_memory_bytes(self) -> int:
+        """The most memory that the processes of one image can have."""
+        return self._servers.most_bytes(self._worker_cache_bytes)
 
     def __iter__(self) -> Iterator[Served]:
         return iter(sorted(self._all, key=lambda served: served.label))
@@ -232,18 +245,27 @@ class ServedImages:
         if served.leases > 0:
             raise InUse(
                 f"{served.label} is in use on this node",
-                hint=f"{served.leases} jobs or sessions have it mounted",
+                hint=f"job steps and sessions that have it mounted: {served.leases}; it can be removed when they have ended",
             )
         await self._let_go(served)
         with trio.move_on_after(_LET_GO_S):
             while served.state not in ("gone", "failed"):
                 await served.changed.wait()
 
+    def is_ready(self, digest: str | None) -> bool:
+        """Tell whether an image of the registry is served, so that a lease on it would be ready at once."""
+        served = self._by_digest.get(digest) if digest is not None else None
+        return served is not None and served.state == "serving" and not served.retired
+
+    def clone_nowait(self, served: Served) -> int | None:
+        """Return a spare clone if there is one; no checkpoint."""
+        return self._clones.take_nowait(served.name)
+
     async def clone(self, served: Served) -> int:
         """Return a descriptor of a detached mount of the image, its flags locked; the caller owns it."""
         await served.wait_for(_mounted)
         try:
-            return await self._mounter.clone(served.name)
+            return await self._clones.take(served.name)
         except MountFailed:
             if not served.retired and served.error is None:
                 raise
@@ -253,6 +275,7 @@ class ServedImages:
 
     def _retire(self, served: Served) -> None:
         served.retired = True
+        self._clones.drop(served.name)
         if served.digest is not None and self._by_digest.get(served.digest) is served:
             del self._by_digest[served.digest]
 
@@ -290,6 +313,7 @@ class ServedImages:
         self._all.add(served)
         if attached and served.digest is not None and served.digest not in self._by_digest:
             self._by_digest[served.digest] = served
+            self._clones.open(served.name)
         else:
             await self._let_go(served)
         log.info("%s is served by pid %s, since before this daemon", served.label, served.worker.pid)
@@ -374,7 +398,8 @@ class ServedImages:
         await self._watch(served, server)
 
     def _owner(self, served: Served) -> Identity:
-        return served.source.owner if isinstance(served.source, FileSource) else self._worker_identity
+        """Return whose mount it is: clients believe those of root's and of their own only (`uenvd.ctl.session.parse_mountinfo`)."""
+        return served.source.owner if isinstance(served.source, FileSource) else _ROOT
 
     def _duty(self, served: Served) -> Duty:
         source, identity = served.source, self._worker_identity
@@ -445,6 +470,8 @@ class ServedImages:
             report = await server.serve(None)
         served.worker, served.meta, served.notes = server, report.meta, report.notes
         log.info("%s is served by pid %s", served.label, server.pid)
+        if served.digest is not None and not served.retired:
+            self._clones.open(served.name)
         served.set_state("serving")
 
     async def _pull(self, served: Served, source: BlobSource) -> None:

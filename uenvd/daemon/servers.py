@@ -6,6 +6,7 @@ Concurrency: a `Server` belongs to the `Served` task that made it; a supervisor'
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -20,9 +21,13 @@ from uenvd.daemon.adoption import Adopted, new_slots
 from uenvd.daemon.lazy import Lazy
 from uenvd.daemon.mounter import Mounter
 from uenvd.daemon.notify import Notifier
-from uenvd.daemon.supervision import ImageDirectory, Supervision
+from uenvd.daemon.rundir import ImageDirectory
+from uenvd.daemon.supervision import Supervision
 from uenvd.daemon.workers import SESSION, SUPERVISOR, Worker, WorkerPool, begin_on
 from uenvd.errors import WorkerFailed
+from uenvd.fuse.bounds import most_bytes
+from uenvd.fuse.killed import LOOK_S, release_killed
+from uenvd.fuse.slots import Slots
 from uenvd.handover import Duty, WorkerReport, WorkerSetup
 
 log = logging.getLogger(__name__)
@@ -194,6 +199,16 @@ class ChannelServer:
         self._supervision.on_want = lazy.want
         lazy.on_have = self._supervision.have
         lazy.give_image = self._supervision.give_image
+        memory = mmap.mmap(self._supervision.slots_fd, 0, prot=mmap.PROT_READ)
+        slots = Slots(memory, len(memory) // Slots.size_bytes(1))
+        self._nursery.start_soon(self._release_killed, lazy, slots)
+
+    async def _release_killed(self, lazy: Lazy, slots: Slots) -> None:
+        """Do what the supervisor does, too, but cannot where processes of others are hidden from it."""
+        supervision = self._supervision
+        while not (lazy.done or lazy.stopped or supervision.gone or supervision.fuse_fd < 0):
+            release_killed(slots, supervision.fuse_fd)
+            await trio.sleep(LOOK_S)
 
     async def give_image(self, image: Mapping[str, int]) -> None:
         """Serve from another file of the image, in place of one that was still arriving."""
@@ -245,12 +260,21 @@ class Servers:
         self._pool = WorkerPool(SESSION if config.transport == "pyfuse3" else SUPERVISOR)
         nursery.start_soon(self._pool.run)
 
+    @property
+    def workers(self) -> int:
+        """How many workers an image has."""
+        return self._config.workers or min(DEFAULT_WORKERS, len(os.sched_getaffinity(0)))
+
+    def most_bytes(self, cache_bytes: int) -> int:
+        """Return the most memory that the processes of one image can have; ``cache_bytes``: for its decoded blocks."""
+        return most_bytes(self.workers, cache_bytes, threads=self._config.transport == "pyfuse3")
+
     def duty(self, duty: Duty) -> Duty:
         """Return a duty with what the configuration says of all of them."""
         config = self._config
         return replace(
             duty,
-            workers=config.workers or min(DEFAULT_WORKERS, len(os.sched_getaffinity(0))),
+            workers=self.workers,
             nice=config.nice,
             affinity=config.affinity,
             hang_s=config.hang_s,

@@ -6,40 +6,46 @@ back, without a checkpoint, when that connection ends.
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import trio
 
 from uenvd import __version__, mounts, protocol
-from uenvd.cache.store import Level, Store
+from uenvd.cache.store import Store
 from uenvd.config import Config
 from uenvd.daemon import disk, known, requests
 from uenvd.daemon.access import Access
-from uenvd.daemon.cached import Cached, records, user_of
+from uenvd.daemon.atonce import Answered
+from uenvd.daemon.cached import Cached, records, user_at_once, user_of
 from uenvd.daemon.catalogue import Catalogue
 from uenvd.daemon.control import Answer, Connection
 from uenvd.daemon.journal import Journal
 from uenvd.daemon.leases import Lease, Leases
+from uenvd.daemon.noted import PRESENT_S, Presence
 from uenvd.daemon.observe import Observer
+from uenvd.daemon.peer import Identity
 from uenvd.daemon.promises import Promises
 from uenvd.daemon.pulls import Pulls
 from uenvd.daemon.question import Image, Question
 from uenvd.daemon.requests import Wanted
 from uenvd.daemon.served import Served, ServedImages
+from uenvd.daemon.telling import date_of, level_frame, progress_frame, pull_frame
 from uenvd.errors import (
     LimitExceeded,
     MountConflict,
     SessionError,
     StorageError,
+    UenvError,
     UsageError,
 )
-from uenvd.label import parse_namespaced_label
-from uenvd.protocol import Request
+from uenvd.label import ViewName, parse_namespaced_label
+from uenvd.protocol import Frame, Request
 from uenvd.views import ImageMeta, ops_to_wire
 
 log = logging.getLogger(__name__)
@@ -47,6 +53,18 @@ log = logging.getLogger(__name__)
 _MOUNT_BUDGET_S: Final = 2.0
 _SLOW_BUDGET_S: Final = 30.0
 _SHOWN_DEPRECATIONS: Final = 5
+
+
+class Offer(NamedTuple):
+    """What a `mount` is to get: images, views (None: not even default ones) and mount points, outer ones first.
+
+    ``environment`` (operations as in a frame, and their key) where the images' digests vouch for it; else None.
+    """
+
+    images: Sequence[Wanted]
+    views: tuple[ViewName, ...] | None
+    points: Sequence[str]
+    environment: tuple[list[list[Any]], str] | None = None
 
 
 class Service:
@@ -62,6 +80,10 @@ class Service:
         self._served = served
         self._leases = Leases(served, catalogue.remote, config.limits)
         self._promises = Promises(config.run_dir / "promises.jsonl")
+        self._presence = Presence(store)
+        meanings = catalogue.meanings
+        self._resolved: Answered[Frame] = Answered(config, meanings, PRESENT_S)
+        self._offers: Answered[Offer] = Answered(config, meanings)
         self._pulls_of: Counter[int] = Counter()
         self._access = Access(config.access)
         self._cached = Cached(config, store, served, self._access)
@@ -101,9 +123,19 @@ class Service:
             case "job":
                 return await self.observer.job(connection, request)
             case "evict":
-                return await self._cached.evict(connection, request)
+                answer = await self._cached.evict(connection, request)
+                self._presence.forget()
+                self._resolved.clear()
+                return answer
             case _:
                 return await self._cached.pin(connection, request)
+
+    def at_once(self, connection: Connection, request: Request) -> Answer | None:
+        """Answer a request that was answered a moment ago, where nothing has to be waited for; no checkpoint. None: `handle` it."""
+        if request.op == "resolve":
+            frame = self._resolved.recall((connection.peer.identity, request))
+            return None if frame is None else Answer(frame)
+        return self._mount_at_once(connection, request) if request.op == "mount" else None
 
     # --- labels -----------------------------------------------------------------------------------------------------
 
@@ -128,22 +160,24 @@ class Service:
             for wanted in images:
                 if wanted.image is not None:
                     self._pulls.prefetch(self._catalogue.remote, wanted.image)
-        return Answer(
-            protocol.success(
-                resolved=resolved,
-                images=[await self._describe(wanted) for wanted in images],
-                notes=question.notes,
-            )
-        )
+        described = [await self._describe(wanted, look=not request.submit) for wanted in images]
+        frame = protocol.success(resolved=resolved, images=described, notes=question.notes)
+        begins_pull = request.submit and self._config.pull.prefetch_on_submit
+        if job is None and not begins_pull and all(map(_is_settled, described)):
+            self._resolved.keep((connection.peer.identity, request), frame, question)
+        return Answer(frame)
 
-    async def _describe(self, wanted: Wanted) -> dict[str, Any]:
+    async def _describe(self, wanted: Wanted, *, look: bool = True) -> dict[str, Any]:
         image = wanted.image
+        cached: bool | None = None
+        if look:
+            cached = await self._presence.has(image.layer.digest) if image else True
         return {
             "label": wanted.label,
             "digest": wanted.digest,
             "mount": wanted.mount,
             "size_bytes": image.layer.size_bytes if image else None,
-            "cached": await self._is_cached(image) if image else True,
+            "cached": cached,
             "views": [view.name for view in wanted.meta.views] if wanted.meta else None,
             "default_view": wanted.meta.default_view if wanted.meta else None,
         }
@@ -182,7 +216,7 @@ class Service:
                 digest=wanted.digest,
                 size_bytes=image.layer.size_bytes,
                 cached=await self._is_cached(image),
-                date=_date(image),
+                date=date_of(image),
                 mount=meta.mount if meta else None,
                 description=meta.description if meta else None,
                 default_view=meta.default_view if meta else None,
@@ -229,13 +263,8 @@ class Service:
         question = await self._question(connection, request, _MOUNT_BUDGET_S)
         owner = question.owner or connection.peer.identity
         images = await requests.look_up(self._catalogue, request.uenv, request.cwd, question)
-        requests.refuse_foreign(self._config, images)
-        views = requests.wanted_views(request.view)
-        metas = [wanted.meta for wanted in images]
-        points = requests.mount_points(images, metas, self._config.mount_points[0])
-        order = sorted(range(len(images)), key=lambda index: points[index])
-        images, points = [images[index] for index in order], [points[index] for index in order]
-        lease = Lease(owner, images, views, points, request.job)
+        offer = self._offer(images, request)
+        lease = Lease(owner, offer.images, offer.views, offer.points, request.job)
         self._leases.begin(lease)
         connection.on_close.append(lambda: self._end(lease))
         clones: list[int] = []
@@ -243,15 +272,73 @@ class Service:
             await self.observer.began(lease, [one for one in lease.served if one.state == "opening"])
             for served in lease.served:
                 clones.append(await self._served.clone(served))
-            env, applied = self._environment(lease) if lease.ready else (None, "")
+            answer = self._mounted(lease, clones, request, question.notes)
         except BaseException:
             for clone in clones:
                 os.close(clone)
             self._end(lease)
             raise
-        log.info(
-            "uid %d mounts %s%s", owner.uid, request.uenv, f" for job {request.job[0]}" if request.job else ""
+        if lease.ready and all(wanted.pinned_meta is not None for wanted in lease.images):
+            known = offer._replace(environment=(answer.frame["env"], answer.frame["applied"]))
+            self._offers.keep(_asked_for(owner, request), known, question)
+        return answer
+
+    def _offer(self, images: Sequence[Wanted], request: Request) -> Offer:
+        """Work out what a request that names these images is to get, outer mount points first."""
+        requests.refuse_foreign(self._config, images)
+        views = requests.wanted_views(request.view)
+        points = requests.mount_points(
+            images, [wanted.meta for wanted in images], self._config.mount_points[0]
         )
+        order = sorted(range(len(images)), key=lambda index: points[index])
+        return Offer([images[index] for index in order], views, [points[index] for index in order])
+
+    def _mount_at_once(self, connection: Connection, request: Request) -> Answer | None:
+        """Mount what the same user has asked for before and what is served; None where anything is in the way: `_mount` sees to it."""
+        owner = user_at_once(connection, request)
+        offer = self._offers.recall(_asked_for(owner, request)) if owner is not None else None
+        if owner is None or offer is None:
+            return None
+        if request.refresh or not all(self._served.is_ready(wanted.digest) for wanted in offer.images):
+            return None
+        lease = Lease(owner, offer.images, offer.views, offer.points, request.job)
+        clones: list[int] = []
+        try:
+            self._leases.begin(lease)
+            for served in lease.served:
+                clone = self._served.clone_nowait(served)
+                if clone is None:
+                    raise LimitExceeded("there is no spare clone")
+                clones.append(clone)
+            self.observer.joined(lease)
+            answer = self._mounted(lease, clones, request, (), offer.environment)
+        except BaseException as error:
+            for clone in clones:
+                os.close(clone)
+            self._end(lease)
+            if isinstance(error, UenvError):
+                return None
+            raise
+        connection.on_close.append(lambda: self._end(lease))
+        return answer
+
+    def _mounted(
+        self,
+        lease: Lease,
+        clones: Sequence[int],
+        request: Request,
+        notes: Sequence[str],
+        environment: tuple[list[list[Any]], str] | None = None,
+    ) -> Answer:
+        """Return the answer that hands the mounts of a lease out; no checkpoint. ``environment``: if it was worked out before."""
+        env: list[list[Any]] | None
+        if environment is not None:
+            env, applied = environment
+            self.observer.usable(lease, applied)
+        else:
+            env, applied = self._environment(lease) if lease.ready else (None, "")
+        told = f" for job {request.job[0]}" if request.job else ""
+        in_context = contextvars.copy_context().run
         return Answer(
             protocol.success(
                 lease=lease.name,
@@ -268,9 +355,10 @@ class Service:
                 ],
                 env=env,
                 applied=applied,
-                notes=[*question.notes, *(lease.notes if lease.ready else ())],
+                notes=[*notes, *(lease.notes if lease.ready else ())],
             ),
             clones,
+            after=lambda: in_context(log.info, "uid %d mounts %s%s", lease.owner.uid, request.uenv, told),
         )
 
     def _environment(self, lease: Lease) -> tuple[list[list[Any]], str]:
@@ -320,7 +408,7 @@ class Service:
                     raise SessionError(f"{served.label} is not served any more")
             # Taken before the next checkpoint: what happens while the event is being sent must not be missed.
             changed = next(served for served in lease.served if served.state != "serving").changed
-            await connection.send(_progress(lease))
+            await connection.send(progress_frame(lease))
             with trio.move_on_after(protocol.HEARTBEAT_S):
                 await changed.wait()
         env, applied = self._environment(lease)
@@ -366,7 +454,7 @@ class Service:
             async with self._pulls.join(self._catalogue.remote, image) as pull:
                 while not pull.ended.is_set():
                     await connection.send(
-                        _pulling(label, pull.done_bytes, image.layer.size_bytes, pull.rate_bytes_per_s)
+                        pull_frame(label, pull.done_bytes, image.layer.size_bytes, pull.rate_bytes_per_s)
                     )
                     with trio.move_on_after(protocol.HEARTBEAT_S):
                         await pull.ended.wait()
@@ -417,22 +505,11 @@ class Service:
                     for lease in self._leases
                     if uid in (0, lease.owner.uid)
                 ],
-                cache=_level(levels[0]) | {"levels": [_level(level) for level in levels]},
+                cache=level_frame(levels[0]) | {"levels": [level_frame(level) for level in levels]},
                 connections=self.connections(),
                 metrics=self.observer.summary(),
             )
         )
-
-
-def _level(level: Level) -> dict[str, Any]:
-    return {
-        "name": level.name,
-        "path": str(level.path),
-        "used_bytes": level.used_bytes,
-        "free_bytes": level.free_bytes,
-        "quota_bytes": level.quota_bytes,
-        "error": level.error,
-    }
 
 
 def _best_meta(wanted: Wanted, served: Served) -> ImageMeta | None:
@@ -440,28 +517,15 @@ def _best_meta(wanted: Wanted, served: Served) -> ImageMeta | None:
     return wanted.pinned_meta or served.meta or wanted.meta
 
 
-def _progress(lease: Lease) -> protocol.Frame:
-    waiting: Sequence[Served] = [served for served in lease.served if served.state != "serving"]
-    done = sum(served.done_bytes for served in waiting)
-    total = sum(served.total_bytes for served in waiting)
-    first = waiting[0]
-    if first.state == "pulling":
-        return _pulling(first.label, done, total, sum(served.rate_bytes_per_s for served in waiting))
-    return protocol.progress("start", done, total, f"starting {first.label}")
+def _asked_for(owner: Identity, request: Request) -> Hashable:
+    """Return what decides what a `mount` gets: all but the job and its step."""
+    return owner, request.uenv, request.view, request.cwd
 
 
-def _pulling(label: str, done_bytes: int, total_bytes: int, rate_bytes_per_s: float) -> protocol.Frame:
-    text = f"pulling {label}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB"
-    frame = protocol.progress("pull", done_bytes, total_bytes, text, rate_bytes_per_s)
-    if "eta_s" in frame:
-        frame["message"] += f", {rate_bytes_per_s / 1e6:.0f} MB/s, {_duration(frame['eta_s'])} left"
-    return frame
-
-
-def _duration(seconds: int) -> str:
-    return f"{seconds} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def _date(image: Image) -> str | None:
-    created = image.manifest.annotations.get("org.opencontainers.image.created")
-    return created or (image.config.created if image.config else None)
+def _is_settled(described: Mapping[str, Any]) -> bool:
+    """Tell whether all is known of an image of the registry that ever will be."""
+    return (
+        described["digest"] is not None
+        and described["views"] is not None
+        and described["cached"] is not False
+    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import stat
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,6 +20,7 @@ import trio
 from uenvd.config import SignatureConfig
 from uenvd.daemon.question import Image, Question
 from uenvd.errors import ConfigError, SignatureRefused
+from uenvd.oci.index import LATEST
 from uenvd.oci.signatures import PublicKey, check_envelopes, read_envelopes, read_keys, signed_name
 
 if TYPE_CHECKING:
@@ -40,10 +42,10 @@ class Signatures:
         self._store = store
         self._keys: Mapping[str, PublicKey] = {}
         self._read_s = float("-inf")
-        self._good: dict[tuple[str, str], PublicKey] = {}
+        self._good: dict[tuple[str, str, str | None], PublicKey] = {}
 
-    async def require(self, catalogue: Catalogue, image: Image, question: Question) -> None:
-        """Return if the image needs no signature or has a good one.
+    async def require(self, catalogue: Catalogue, image: Image, question: Question, *, pinned: bool) -> None:
+        """Return if the image needs no signature or has a good one. ``pinned``: it was asked for by its digest, so its tag does not matter.
 
         Raises `SignatureRefused`, `ConfigError` for keys that cannot be used, and what the registry raises when it is asked in vain.
         """
@@ -52,15 +54,16 @@ class Signatures:
             return
         path, digest = found.repository.path, found.digest
         name = signed_name(path)
+        tag = None if pinned or found.tag == LATEST else found.tag
         keys = await self._current_keys()
-        good = self._good.get((name, digest))
+        good = self._good.get((name, digest, tag))
         if good is not None and good.key_id in keys:
             return
         document = f"signatures {path}@{digest}"
         known = await trio.to_thread.run_sync(self._store.memory.recall_document, document)
         if known is not None:
             try:
-                await self._check(known[0], keys, name, digest)
+                await self._check(known[0], keys, name, digest, tag)
             except SignatureRefused:
                 pass  # there may be a better one by now
             else:
@@ -71,7 +74,7 @@ class Signatures:
             lambda: [one.decode(errors="replace") for one in read_envelopes(catalogue.remote, path, digest)],
         )
         try:
-            await self._check(answer, keys, name, digest)
+            await self._check(answer, keys, name, digest, tag)
         except SignatureRefused as error:
             log.warning("%s@%s is refused: %s", path, digest, error.message)
             raise SignatureRefused(
@@ -79,14 +82,23 @@ class Signatures:
                 hint=error.hint,
             ) from error
 
-    async def _check(self, envelopes: Any, keys: Mapping[str, PublicKey], name: str, digest: str) -> None:  # noqa: ANN401 - any JSON value
+    async def _check(
+        self,
+        envelopes: Any,  # noqa: ANN401 - any JSON value
+        keys: Mapping[str, PublicKey],
+        name: str,
+        digest: str,
+        tag: str | None,
+    ) -> None:
         texts = (
             [one.encode() for one in envelopes if isinstance(one, str)] if isinstance(envelopes, list) else []
         )
-        key = await trio.to_thread.run_sync(check_envelopes, texts, keys, name, digest)
+        key = await trio.to_thread.run_sync(
+            partial(check_envelopes, texts, keys, name, digest, tag, tag_needed=self._settings.tags)
+        )
         if len(self._good) >= _MAX_GOOD:
             self._good.clear()
-        self._good[name, digest] = key
+        self._good[name, digest, tag] = key
 
     async def _current_keys(self) -> Mapping[str, PublicKey]:
         if trio.current_time() - self._read_s > KEYS_S:

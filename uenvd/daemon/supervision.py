@@ -7,6 +7,8 @@ When the channel ends there are three cases, and the socket in ``images/`` tells
 with it. It is refused and the kernel has ended the connection: the last user is gone. It is refused otherwise: all processes were killed at
 once; users wait in the kernel as long as this daemon (or systemd, for it) holds the FUSE descriptor, and a new supervisor begins with the
 same descriptors and what lies in the slots.
+
+A supervisor that *refuses* (its image cannot be served any more: `uenvd.fuse.supervisor`) needs no daemon: it is left to its users.
 """
 
 from __future__ import annotations
@@ -19,15 +21,15 @@ import select
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 import trio
 
 from uenvd import handover
 from uenvd.daemon.metrics import METRICS
+from uenvd.daemon.rundir import ImageDirectory
 from uenvd.daemon.workers import Process, WorkerPool
-from uenvd.errors import NotFound, ProtocolError, StorageError, UenvError, WorkerFailed
+from uenvd.errors import NotFound, ProtocolError, UenvError, WorkerFailed
 from uenvd.handover import Duty, Message, SupervisorState, WorkerReport
 
 log = logging.getLogger(__name__)
@@ -39,88 +41,9 @@ _FIRST_DELAY_S: Final = 0.05
 _MAX_DELAY_S: Final = 5.0
 _SHORT_LIFE_S: Final = 1.0
 """All processes that served were gone that soon after their start: the next try has to wait."""
-_BACKLOG: Final = 8
 
 OpenImage = Callable[[], Awaitable[dict[str, int]]]
 """Returns the descriptors with which the image is served, by name; the callee owns them."""
-
-
-class ImageDirectory:
-    """Where the sockets of supervisors are, root's alone: ``NAME.sock``, and ``NAME.json`` with what their successors have to know."""
-
-    def __init__(self, path: Path) -> None:
-        """Make it. Raises `StorageError`."""
-        try:
-            path.mkdir(mode=0o700, exist_ok=True)
-            self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise StorageError(f"cannot make {path}: {error.strerror}") from error
-        self._path = path
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        os.close(self._fd)
-
-    def names(self) -> list[str]:
-        """Return the names of all supervisors that have, or had, a socket or a record here."""
-        return sorted({entry.stem for entry in self._path.iterdir() if entry.suffix in (".sock", ".json")})
-
-    def _address(self, name: str) -> str:
-        return (
-            f"/proc/self/fd/{self._fd}/{name}.sock"  # whatever the length of the path: sun_path has 108 bytes
-        )
-
-    def listen(self, name: str) -> socket.socket:
-        """Return a listening socket in place of one that a predecessor left. Raises `OSError`."""
-        with suppress(FileNotFoundError):
-            (self._path / f"{name}.sock").unlink()
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            listener.bind(self._address(name))
-            listener.listen(_BACKLOG)
-        except BaseException:
-            listener.close()
-            raise
-        return listener
-
-    def connect(self, name: str) -> socket.socket | None:
-        """Return a non-blocking connection, None when nobody is there (any more). Raises `OSError`, `BlockingIOError` among them."""
-        channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        channel.setblocking(False)
-        try:
-            channel.connect(self._address(name))
-        except (ConnectionRefusedError, FileNotFoundError):
-            channel.close()
-            return None
-        except BaseException:
-            channel.close()
-            raise
-        return channel
-
-    def record(self, duty: Duty, state: SupervisorState) -> None:
-        """Note what a successor has to know. Raises `OSError`."""
-        text = json.dumps(
-            {"v": handover.SUPERVISOR_VERSION, "duty": duty.to_wire(), "state": state.to_wire()}
-        )
-        temporary = self._path / f".{duty.name}.tmp"
-        temporary.write_text(text)
-        temporary.replace(self._path / f"{duty.name}.json")
-
-    def recorded(self, name: str) -> tuple[Duty, SupervisorState] | None:
-        """Return what was noted, None when nothing was, or not in this version's words."""
-        try:
-            body = json.loads((self._path / f"{name}.json").read_text())
-            if body["v"] != handover.SUPERVISOR_VERSION:
-                return None
-            return Duty.from_wire(body["duty"]), SupervisorState.from_wire(body["state"])
-        except (OSError, ValueError, KeyError, TypeError, ProtocolError):
-            return None
-
-    def forget(self, name: str) -> None:
-        """Remove what is here of a supervisor."""
-        for suffix in (".sock", ".json"):
-            with suppress(OSError):
-                (self._path / f"{name}{suffix}").unlink()
 
 
 class Supervision:
@@ -281,11 +204,13 @@ class Supervision:
         try:
             while True:
                 if self._channel is not None:
-                    while await self._hear():
+                    while not self._is_refused() and await self._hear():
                         pass
-                if not self._abandoned and await self._reconnect():
+                if self._abandoned or self._is_refused():
+                    break
+                if await self._reconnect():
                     continue
-                if self._abandoned or self._is_over() or not self._can_start_again():
+                if self._is_over() or not self._can_start_again():
                     break
                 lived_s = trio.current_time() - started_s
                 delay_s = (
@@ -317,11 +242,17 @@ class Supervision:
         poll.register(self.fuse_fd, 0)
         return any(events & select.POLLERR for _fd, events in poll.poll(0))
 
+    def _is_refused(self) -> bool:
+        """Tell whether the supervisor answers EIO to the connection's end: nobody new may come to it, and it needs no daemon."""
+        return self.state is not None and self.state.phase == "refusing"
+
     def _can_start_again(self) -> bool:
         if self.state is None or self.state.negotiated is None:
             return False
         if self.report is not None and self.report.error is not None:
             return False
+        if self.duty.path is not None:
+            return self.state.file is not None
         return not self._image_given or self._open_image is not None
 
     async def _reconnect(self) -> bool:
@@ -354,11 +285,18 @@ class Supervision:
             await trio.sleep(_TRY_AGAIN_S)
 
     async def _repeat(self) -> None:
-        """Say again what a successor may not have heard."""
-        if self._image_given and self.state is not None and self.state.phase == "attending":
-            if self._open_image is None:
+        """Say again what a successor may not have heard: which image, and by which file it arrives now."""
+        if self._image_given and self.state is not None and self._open_image is not None:
+            attending = self.state.phase == "attending"
+            if not attending and not self.state.arriving:
                 return
-            image = await self._open_image()
+            try:
+                image = await self._open_image()
+            except UenvError as error:
+                if attending:
+                    raise
+                log.warning("%s: its processes keep what they have: %s", self.duty.label, error)
+                return
             try:
                 await self._send(Message("image", {}, tuple(image)), list(image.values()))
             finally:
@@ -397,6 +335,7 @@ class Supervision:
                             "duty": self.duty.to_wire(),
                             "negotiated": negotiated,
                             "slots_lost": self._slots_lost,
+                            "file": self.state.file if self.state is not None else None,
                         },
                         tuple(name for name, _descriptor in named),
                     ),
@@ -408,7 +347,6 @@ class Supervision:
         finally:
             _close_all(spares)
         self._process = process
-        self._slots_lost = False
 
     # -- datagrams
 
@@ -426,6 +364,8 @@ class Supervision:
         try:
             if message.op == "state":
                 before, self.state = self.state, SupervisorState.from_wire(message.fields.get("state", {}))
+                if self.state.phase == "serving" and not self.state.slots_lost:
+                    self._slots_lost = False
                 _count(before, self.state)
             elif message.op == "report":
                 self.report = parse_report(message)

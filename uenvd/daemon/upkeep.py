@@ -99,6 +99,7 @@ class Upkeep:
         used = list(self.used())
 
         def renew() -> None:
+            self._store.prepare_rest()
             if self._store.local is not None:
                 for digest in used:
                     self._store.local.blobs.touch(digest)

@@ -40,7 +40,7 @@ class Ahead:
         if not near:
             return
         if not block.exact:
-            if block.pos_bytes >= self._last_fragment:
+            if block.pos_bytes > self._last_fragment:
                 following = self._tree.image.fragment_after(block)
                 if following is not None:
                     self._put(following)

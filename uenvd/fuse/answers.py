@@ -7,10 +7,12 @@ FLUSH, ACCESS and, for an image without extended attributes, the xattr requests 
 from __future__ import annotations
 
 import errno
+import struct
 from collections.abc import Callable
 from itertools import chain
 
 from uenvd.fuse.faults import Faults
+from uenvd.fuse.packed import Packed
 from uenvd.fuse.protocol import Missing, Opcode
 from uenvd.fuse.protocol import reply as r
 from uenvd.fuse.protocol import request as q
@@ -20,9 +22,11 @@ from uenvd.squashfs import Span
 Buffer = bytes | memoryview
 Parts = list[Buffer]
 
+_IN_A_ROW = 32
 MAX_PARTS = 1000
 """writev(2) takes 1024."""
-_XATTR_LIST_MAX_BYTES = 65536
+_ASKED = struct.Struct("=4xIQQ8xI")
+"""Of `q.HEADER`: opcode, unique, nodeid, pid."""
 
 
 class Answers:
@@ -36,9 +40,11 @@ class Answers:
 
     def __init__(self, tree: Tree, faults: Faults) -> None:
         self.tree = tree
+        self.packed = Packed(tree)
         self._faults = faults
         self.last_read: tuple[int, list[Span]] | None = None
-        """Inode number and spans of the last READ, for whoever wants to read ahead; he puts None here."""
+        """Inode number and spans of the last READ, for whoever wants to read ahead; he puts None here. No spans: there are listings to pack."""
+        self._asker = self._in_a_row = 0
         self._handlers: dict[int, Callable[[q.Buffer, int, int], Parts]] = {
             Opcode.LOOKUP: self._lookup,
             Opcode.GETATTR: self._getattr,
@@ -55,6 +61,11 @@ class Answers:
             self._handlers[Opcode.GETXATTR] = self._getxattr
             self._handlers[Opcode.LISTXATTR] = self._listxattr
 
+    @property
+    def one_asks(self) -> bool:
+        """Whether one thread has asked all of late: while it waits it asks nothing else."""
+        return self._in_a_row >= _IN_A_ROW
+
     def answer(self, request: q.Buffer, length: int) -> Parts | None:
         """Return the parts of the reply to write in one go; None where none is expected.
 
@@ -62,7 +73,11 @@ class Answers:
         """
         if length < q.HEADER_BYTES:
             return None
-        _length, opcode, unique, node, *_ = q.HEADER.unpack_from(request)
+        opcode, unique, node, pid = _ASKED.unpack_from(request)
+        if pid == self._asker and pid:  # 0 is everybody in some other container
+            self._in_a_row += 1
+        else:
+            self._asker, self._in_a_row = pid, 0
         handler = self._handlers.get(opcode)
         if handler is None:
             return None if opcode in q.UNANSWERED else [r.refusal(unique, errno.ENOSYS)]
@@ -72,17 +87,17 @@ class Answers:
             raise
         except Exception as error:  # noqa: BLE001 - the boundary: whatever a request meets is its own fault
             return [r.refusal(unique, self._faults.note(error))]
+        if len(parts) == 1:
+            return [r.OUT.pack(r.OUT_BYTES + len(parts[0]), 0, unique), parts[0]]
         if len(parts) > MAX_PARTS:
             parts = [b"".join(parts)]
-        parts.insert(0, r.OUT.pack(r.OUT_BYTES + sum(map(len, parts)), 0, unique))
-        return parts
+        return [r.OUT.pack(r.OUT_BYTES + sum(map(len, parts)), 0, unique), *parts]
 
     def _nothing(self, _request: q.Buffer, _length: int, _node: int) -> Parts:
         return []
 
     def _lookup(self, request: q.Buffer, length: int, node: int) -> Parts:
-        found = self.tree.lookup(node, q.name(request, length))
-        return [r.NO_ENTRY if found is None else r.entry(found)]
+        return [self.packed.lookup(node, q.name(request, length))]
 
     def _getattr(self, _request: q.Buffer, _length: int, node: int) -> Parts:
         return [r.ATTR_PREFIX, r.attr(self.tree.attributes(node))]
@@ -114,22 +129,18 @@ class Answers:
 
     def _readdirplus(self, request: q.Buffer, length: int, node: int) -> Parts:
         offset, size = q.read_range(request, length)
-        parts: list[bytes] = []
-        pack, forever, block_size = r.DIRENT_PLUS.pack, r.FOREVER_S, r.BLOCK_SIZE_BYTES
+        packed = self.packed.listing(node, offset, size)
+        if packed is not None:
+            if self.packed.wanted:
+                self.last_read = node, []
+            return [packed]
+        parts: Parts = []
         for name, attributes, next_offset in self.tree.listing(node, offset):
-            ino, mode, nlink, uid, gid, rdev, size_bytes, mtime_s, blocks = attributes
-            name_bytes = len(name)
-            padding = -name_bytes % 8
-            size -= r.DIRENT_PLUS_BYTES + name_bytes + padding
+            one = r.dirent_plus(name, attributes, next_offset)
+            size -= len(one)
             if size < 0:
                 break
-            # fmt: off
-            parts.append(pack(ino, 0, forever, forever, 0, 0,
-                              ino, size_bytes, blocks, mtime_s, mtime_s, mtime_s, 0, 0, 0, mode, nlink, uid, gid,
-                              r.kernel_device(rdev) if rdev else 0, block_size, 0,
-                              ino, next_offset, name_bytes, mode >> 12))
-            # fmt: on
-            parts.append(name + r.PADDING[padding])
+            parts.append(one)
         return [b"".join(parts)]
 
     def _getxattr(self, request: q.Buffer, length: int, node: int) -> Parts:

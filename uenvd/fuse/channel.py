@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from uenvd.fuse.ahead import Ahead
 from uenvd.fuse.answers import Answers, Parts
 from uenvd.fuse.faults import Faults
+from uenvd.fuse.packed import Packed
 from uenvd.fuse.protocol import Missing, Negotiated
 from uenvd.fuse.protocol import reply as r
 from uenvd.fuse.slots import Slot
@@ -56,6 +57,8 @@ class Channel:
             non-blocking then, for all who share it.
         give_up: ends the wait of a request; None: it waits for ever.
         complete: of an image that is still arriving: tells that it is complete; from then on it is like any other.
+        settled: called then. Only when all who share the descriptor are so far it may be made blocking again: who has requests parked and
+            sleeps in read(2) hears of nothing.
 
     """
 
@@ -70,6 +73,7 @@ class Channel:
         source_wake_fd: int | None = None,
         give_up: GiveUp | None = None,
         complete: Callable[[], bool] | None = None,
+        settled: Callable[[], None] | None = None,
     ) -> None:
         self._fd = fuse_fd
         self._tree = tree
@@ -81,12 +85,14 @@ class Channel:
         shared = tree.shared
         # With requests parked a worker must not sleep where the image cannot wake it.
         self._turn = Turn(None if shared is None or source_wake_fd is not None else shared.fd, fuse_fd)
-        tree.before_work = self._turn.give
+        tree.before_work = self._give_turn
+        tree.before_decoding = self._before_decoding
         self._parked: list[Slot] = []
         self._free: list[Slot] = []
         self._wake_fd = source_wake_fd
         self._give_up = give_up
         self._complete = complete
+        self._settled = settled
         if source_wake_fd is not None:
             os.set_blocking(fuse_fd, False)
 
@@ -116,13 +122,25 @@ class Channel:
                     self._wait()
                 continue
             if length:
-                self._free.pop()
-                self._work(slot)
+                self._answer_first(slot, length)
                 if self._answers.last_read is not None:
                     self._look_ahead()
 
+    def _answer_first(self, slot: Slot, length: int) -> None:
+        """Answer a request that was read just now into the last free slot: `_work` for what happens all the time."""
+        slot.begin_first()
+        try:
+            parts = self._answers.answer(slot.buffer, length)
+        except Missing as missing:
+            self._free.pop()
+            self._hold(slot, missing)
+            return
+        if parts is not None:
+            self._reply(slot, parts)
+        slot.clear_first()
+
     def _work(self, slot: Slot) -> None:
-        """Answer the request of a slot; it is free afterwards, or parked."""
+        """Answer the request of a slot that is not free; it is afterwards, or parked."""
         try:
             if slot.begin() > MAX_ATTEMPTS:
                 self._faults.note(OSError(errno.EIO, f"request {slot.unique} ended {MAX_ATTEMPTS} workers"))
@@ -130,15 +148,31 @@ class Channel:
             else:
                 parts = self._answers.answer(slot.buffer, slot.length)
         except Missing as missing:
-            slot.park()
-            given_up = self._given_up(slot, missing)
-            if given_up is None:
-                self._parked.append(slot)
-                self._tree.source.want(missing.first_byte, missing.end_byte)
-                return
-            parts = [r.refusal(slot.unique, self._faults.note(given_up))]
+            self._hold(slot, missing)
+            return
         if parts is not None:
-            self._reply(slot.unique, parts)
+            self._reply(slot, parts)
+        slot.clear()
+        self._free.append(slot)
+
+    def _give_turn(self) -> None:
+        """Let another worker read requests."""
+        self._turn.give()
+
+    def _before_decoding(self) -> None:
+        """Let another worker read requests, if any can come before the block is decoded: a hand-over costs half as much as a block."""
+        if not self._answers.one_asks or self._turn.requested():
+            self._turn.give()
+
+    def _hold(self, slot: Slot, missing: Missing) -> None:
+        """Let a request wait, if it may."""
+        slot.park()
+        given_up = self._given_up(slot, missing)
+        if given_up is None:
+            self._parked.append(slot)
+            self._tree.source.want(missing.first_byte, missing.end_byte)
+            return
+        self._reply(slot, [r.refusal(slot.unique, self._faults.note(given_up))])
         slot.clear()
         self._free.append(slot)
 
@@ -153,15 +187,18 @@ class Channel:
             return
         try:
             node, spans = read
-            self._ahead.note(self._tree.ref_of(node), spans)
-            while self._ahead.wanted and not self._turn.requested():
-                self._ahead.work()
+            ahead: Ahead | Packed = self._answers.packed
+            if spans:
+                ahead = self._ahead
+                ahead.note(self._tree.ref_of(node), spans)
+            while ahead.wanted and not self._turn.requested():
+                ahead.work()
         except Missing:
             return
         except Exception as error:  # noqa: BLE001 - nobody asked for it: who does will be told
             self._faults.note(error)
 
-    def _reply(self, unique: int, parts: Parts) -> None:
+    def _reply(self, slot: Slot, parts: Parts) -> None:
         try:
             os.writev(self._fd, parts)
         except OSError as error:
@@ -169,8 +206,8 @@ class Channel:
                 return
             self._faults.note(error)
             refused = r.refusal(
-                unique, errno.EIO
-            )  # the kernel does not like the answer: the asker must not wait for ever
+                slot.unique, errno.EIO
+            )  # the kernel does not like it: the asker must not wait
             try:
                 os.write(self._fd, refused)
             except OSError as again:
@@ -202,8 +239,8 @@ class Channel:
         self._answers.last_read = None
         shared = self._tree.shared
         self._turn = Turn(None if shared is None else shared.fd, self._fd)
-        self._tree.before_work = self._turn.give
-        os.set_blocking(self._fd, True)
+        if self._settled is not None:
+            self._settled()
 
     def _retry(self, slot: Slot) -> None:
         """Begin a parked request anew; it was no worker's end, so that is its first attempt again."""

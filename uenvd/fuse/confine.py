@@ -64,6 +64,7 @@ def confine(
     groups: tuple[int, ...] = (),
     keep: frozenset[int] = frozenset(),
     cache_bytes: int = 0,
+    data_bytes: int | None = None,
     policy: Policy | None = Policy.SESSION,
 ) -> None:
     """Confine the calling process, which must have one thread only.
@@ -79,6 +80,7 @@ def confine(
         groups: supplementary groups, with ``uid``.
         keep: descriptors to keep open.
         cache_bytes: what the address space limit has to leave room for.
+        data_bytes: the most memory of its own that it may have (`uenvd.fuse.bounds`); None for no such limit.
         policy: which system calls it may make; None leaves that to a later `restrict`.
 
     Raises:
@@ -107,6 +109,8 @@ def confine(
         _limit(resource.RLIMIT_CORE, 0)
         _limit(resource.RLIMIT_NOFILE, max(_MAX_DESCRIPTORS, max(keep, default=0) + 1))
         _limit(resource.RLIMIT_AS, _ADDRESS_SPACE_BYTES + 2 * cache_bytes)
+        if data_bytes is not None:
+            _limit(resource.RLIMIT_DATA, data_bytes)
         step = "dropping privileges"
         _drop_bounding_set()
         if uid is not None and gid is not None:

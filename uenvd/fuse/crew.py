@@ -26,8 +26,8 @@ from uenvd.fuse.tree import Tree
 
 _log = logging.getLogger("uenvd-fs")
 
-READAHEAD_BYTES = 1 << 20
-"""Of the mount: what the kernel asks for at once when a file is read from begin to end."""
+READAHEAD_BYTES = 512 << 10
+"""Of the mount: what the kernel asks for at once when a file is read from begin to end, or around a fault in a mapped one."""
 _STOPPING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 _SHORT_LIFE_S = 1.0
 _MAX_SHORT_LIVES = 20

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 
-from uenvd.errors import AccessDenied, FormatError, StorageError, UsageError
+from uenvd.errors import AccessDenied, FormatError, StorageError, UsageError, WorkerFailed
 from uenvd.fuse.protocol import Source
 from uenvd.fuse.shared import SharedBlocks
 from uenvd.fuse.tree import ROOT_INO, Tree
@@ -34,6 +34,27 @@ def open_image(path: str) -> int:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UsageError(f"{path} is not a regular file", hint="give the path of a squashfs image")
+    return descriptor
+
+
+def identity_of(descriptor: int) -> tuple[int, ...]:
+    """Return what tells this state of an open file from all others: device, inode, size in bytes, mtime and ctime in ns. Raises `OSError`."""
+    status = os.fstat(descriptor)
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def open_again(path: str, expected: tuple[int, ...]) -> int:
+    """Open an image file that was served before and is in use: the same one, in the state that it had (`identity_of`), or none.
+
+    Raises as `open_image` does, and `WorkerFailed`.
+    """
+    descriptor = open_image(path)
+    if identity_of(descriptor) != expected:
+        os.close(descriptor)
+        raise WorkerFailed(
+            f"{path} is not the file any more that was mounted, or was changed",
+            hint="end the sessions that use it, and begin them anew",
+        )
     return descriptor
 
 

@@ -33,6 +33,9 @@ _BLOCK_LOCKS_OFFSET = 1 << 50
 _PATIENCE_S = 0.05
 _PAUSE_S = 0.00003
 _MAX_FRAMES = 1 << 16
+_SHARED = fcntl.LOCK_SH | fcntl.LOCK_NB
+_HELD = frozenset({errno.EAGAIN, errno.EACCES})
+_NO_FRAME = (0, -1)
 
 
 class SharedBlocks:
@@ -46,6 +49,8 @@ class SharedBlocks:
         self._frame_bytes = 0
         self._sets = 0
         self._data_offset = 0
+        self._last = _NO_FRAME
+        """The block that was found last, and its frame: files that follow each other share blocks. It may have left since."""
 
     @classmethod
     def create(cls, size_bytes: int) -> SharedBlocks:
@@ -67,16 +72,25 @@ class SharedBlocks:
     def get(self, block: Block, start: int, stop: int) -> bytes | None:
         """Return a slice of a decoded block; None when it is not here, or is shorter."""
         pos = block.pos_bytes
-        frame = self._find(pos)
-        if frame < 0 or not self._lock(frame, fcntl.LOCK_SH):
+        known, frame = self._last
+        if pos != known:
+            frame = self._find(pos)
+        if frame < 0:
             return None
+        try:
+            fcntl.lockf(self.fd, _SHARED, 1, frame)
+        except OSError as error:
+            if error.errno in _HELD:
+                return None
+            raise
         key, size, _used = _ENTRY.unpack_from(self._memory, frame * _ENTRY_BYTES)
         data = None
         if key == pos and stop <= size:
             at = self._data_offset + frame * self._frame_bytes
             data = self._memory[at + start : at + stop].tobytes()
         fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, frame)
-        return data
+        self._last = _NO_FRAME if data is None else (pos, frame)
+        return data if data is not None or pos != known else self.get(block, start, stop)
 
     def has(self, block: Block) -> bool:
         """Tell whether a block was here a moment ago."""
@@ -140,7 +154,7 @@ class SharedBlocks:
         try:
             fcntl.lockf(self.fd, kind | fcntl.LOCK_NB, 1, offset)
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
+            if error.errno in _HELD:
                 return False
             raise
         return True

@@ -4,14 +4,15 @@ A slot is a page of state and a buffer. The kernel writes a request straight int
 has left the kernel's queue and is not in the slot. The buffer begins with the request's header, whose ``unique`` (bytes 8 to 15) is never 0
 for a request in hand: a worker zeroes it after its reply.
 
-State, at the slot's start: u64 monotonic time of `Slot.begin` in ns, u32 attempts, u32 parked, then (at 24) u64 monotonic
-time since which the request waits for bytes of the image. One process at a
-time uses a slot, others read the state: what they see may be a moment old.
+State, at the slot's start: u64 monotonic time of `Slot.begin` in ns, u32 attempts, u32 parked, u64 that time again, which outlives the
+request, then u64 monotonic time since which the request waits for bytes of the image. One process at a time uses a slot, others read the
+state: what they see may be a moment old.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 import time
 from collections.abc import Iterator
@@ -23,11 +24,13 @@ BUFFER_BYTES = 8192
 """As `uenvd.fuse.protocol.init.negotiate` arranges it with the kernel (FUSE_MIN_READ_BUFFER)."""
 STRIDE_BYTES = STATE_BYTES + BUFFER_BYTES
 _UNIQUE_OFFSET = 8
+_BEGUN_OFFSET = 16
 _WAITING_OFFSET = 24
 _LENGTH = struct.Struct("=I")
 _U32 = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
 _STATE = struct.Struct("=QII")
+_BEGUN = struct.Struct("=QIIQ")
 _NOTHING = bytes(8)
 
 
@@ -84,8 +87,20 @@ class Slot:
     def begin(self) -> int:
         """Stamp the time, count the attempt; return how many that makes."""
         attempts = self.attempts + 1
-        _STATE.pack_into(self._state, 0, time.monotonic_ns(), attempts, 0)
+        now_ns = time.monotonic_ns()
+        _BEGUN.pack_into(self._state, 0, now_ns, attempts, 0, now_ns)
         return attempts
+
+    def begin_first(self) -> None:
+        """`begin` of a request that was read just now: its first attempt."""
+        now_ns = time.monotonic_ns()
+        _BEGUN.pack_into(self._state, 0, now_ns, 1, 0, now_ns)
+
+    @property
+    def begun_ns(self) -> int:
+        """When work on a request was begun here last, whether it is answered or not (`time.monotonic_ns`); 0: never."""
+        begun: int = _U64.unpack_from(self._state, _BEGUN_OFFSET)[0]
+        return begun
 
     @property
     def waiting_ns(self) -> int:
@@ -101,6 +116,11 @@ class Slot:
 
     def rewind(self) -> None:
         """Forget the attempts, keep the request."""
+        _STATE.pack_into(self._state, 0, 0, 0, 0)
+
+    def clear_first(self) -> None:
+        """`clear` of a request that never waited for bytes of the image."""
+        self._unique[:] = _NOTHING
         _STATE.pack_into(self._state, 0, 0, 0, 0)
 
     def clear(self) -> None:
@@ -125,6 +145,13 @@ class Slots:
     def size_bytes(count: int) -> int:
         """Return how much memory so many slots need."""
         return count * STRIDE_BYTES
+
+    @classmethod
+    def new_memory(cls, count: int) -> int:
+        """Return a memfd with room for so many slots; the caller owns it. Raises `OSError`."""
+        descriptor = os.memfd_create("uenvd-slots", os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, cls.size_bytes(count))
+        return descriptor
 
     def __len__(self) -> int:
         return len(self._slots)

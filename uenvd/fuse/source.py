@@ -17,6 +17,8 @@ WANT: Final = struct.Struct("=cQQ")
 """What a worker tells its supervisor: ``W``, first byte, end byte."""
 WOKEN: Final = b"H"
 """What it hears when bytes have come."""
+SETTLED: Final = b"S"
+"""What a worker says when it needs to hear of no more bytes, and may sleep in read(2) from now on."""
 _MAX_WAKES: Final = 64
 
 

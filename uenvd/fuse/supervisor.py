@@ -1,17 +1,17 @@
 """The supervisor of one image: owns the FUSE connection, and sees to it that somebody always answers.
 
-It answers INIT and what can be said of an image that is not there yet, forks workers when it is, and replaces those that end. It parses no
-byte of the image and has no privilege. It lives outside the daemon's mount namespace and goes on without a daemon. `uenvd.fuse.supervise`
-starts it, `uenvd.fuse.daemons` has its connections to daemons.
+It answers INIT and what can be said of an image that is not there yet (`uenvd.fuse.attend`), forks workers when it is, and replaces those
+that end (`uenvd.fuse.workforce`). It parses no byte of the image and has no privilege. It lives outside the daemon's mount namespace and goes
+on without a daemon. `uenvd.fuse.supervise` starts it, `uenvd.fuse.daemons` has its connections to daemons.
 
-**Nobody is needed.** Beside the *active* supervisor a *standby*, forked from it, waits on a pipe of which the active one and its workers have
-the other end, and nobody else. Workers end with the active supervisor (PR_SET_PDEATHSIG); so a hang-up of the pipe means that it and all its
-workers are gone, and that nothing of them will touch the slots any more. Then the standby is the active one: it forks a standby of its own
-and workers, which begin with what lies in the slots. For a moment there may be two standbys, a new one in place of one that knows too little:
-the new one takes over, the other ends. A standby that ends is replaced. Only if all processes of an image are killed at the
-same moment there is somebody else to act: a daemon that has the descriptors, too.
+**Nobody is needed.** When the *active* supervisor and all its workers are gone its *standby* (`uenvd.fuse.standby`) is the active one: it forks
+a standby of its own and workers, which begin with what lies in the slots. A standby that ends is replaced. Only if all processes of an image
+are killed at the same moment there is somebody else to act: a daemon that has the descriptors, too.
 
 All of them hold the listening socket through which daemons come. Its refusing a connection therefore means that all of them are gone.
+
+**An image that had users and cannot be served any more** (its workers end again and again with no request in hand; a user's own file is not
+what it was) is *refused*: the supervisor stays and answers EIO, to the end of the connection.
 
 Sources: poll(2), pidfd_open(2), unix(7), fuse(4); fs/fuse/dev.c (a connection ends with the last descriptor of its device).
 """
@@ -19,28 +19,28 @@ Sources: poll(2), pidfd_open(2), unix(7), fuse(4); fs/fuse/dev.c (a connection e
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import mmap
 import os
 import select
-import signal
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final
 
-from uenvd.errors import InternalError, ProtocolError, WorkerFailed
+from uenvd.errors import InternalError, ProtocolError, UenvError, WorkerFailed
 from uenvd.fuse.arrival import Board, take_board
-from uenvd.fuse.attend import attend
+from uenvd.fuse.attend import Attendant
 from uenvd.fuse.daemons import Daemons
+from uenvd.fuse.killed import LOOK_S, release_killed
 from uenvd.fuse.protocol import Negotiated, is_init, negotiate
 from uenvd.fuse.protocol.reply import RESEND
 from uenvd.fuse.shared import SharedBlocks
 from uenvd.fuse.slots import Slot, Slots
-from uenvd.fuse.workforce import Worker, Workforce, parse_want, receive_report, thread_states
+from uenvd.fuse.source import SETTLED
+from uenvd.fuse.standby import Standby
+from uenvd.fuse.workforce import Worker, Workforce, parse_want, receive_report
 from uenvd.handover import SLOTS_PER_WORKER, Duty, Message, SupervisorState, WorkerReport
 
 _log = logging.getLogger("uenvd-fs")
@@ -52,11 +52,8 @@ _MAX_WANTS: Final = 4096
 _MAX_STARTS: Final = 4
 """So often the first worker may end before it has reported."""
 _END_S: Final = 2.0
-_RETRY_S: Final = 0.1
-_NOTHING_READ: Final = frozenset({errno.EAGAIN, errno.EINTR, errno.ENOENT})
-"""Of reading requests: there is none any more; a signal; it was interrupted before it was read."""
-_NUMBER: Final = struct.Struct("=Q")
-_OVER: Final = frozenset({errno.ENODEV, errno.ECONNABORTED})
+_ATTENDING: Final = ("attending", "refusing")
+"""In these phases there are no workers, and the supervisor uses the slots itself."""
 
 
 def slot_count(workers: int) -> int:
@@ -64,14 +61,20 @@ def slot_count(workers: int) -> int:
     return workers * SLOTS_PER_WORKER
 
 
-class _Child(NamedTuple):
-    pid: int
-    pidfd: int
-    born_s: float
-
-
 class Supervisor:
-    """One process's view of the connection; the standby has a copy of it."""
+    """One process's view of the connection; the standby has a copy of it.
+
+    Args:
+        duty: what it serves.
+        descriptors: by name, as `uenvd.handover` has them; owned.
+        negotiated: what INIT agreed on, if a predecessor has answered it: then there are users.
+        shared: memory for decoded blocks.
+        parent: the connection to the daemon that started us; non-blocking.
+        slots_lost: the slots are not the predecessor's: the kernel has to be asked for what was in hand.
+        file: which file of the user's own is served (`uenvd.fuse.opening.identity_of`).
+        refused: why the image cannot be served any more.
+
+    """
 
     def __init__(
         self,
@@ -82,6 +85,8 @@ class Supervisor:
         parent: socket.socket,
         *,
         slots_lost: bool = False,
+        file: tuple[int, ...] | None = None,
+        refused: UenvError | None = None,
     ) -> None:
         self._duty = duty
         self._fuse_fd = descriptors["fuse"][0]
@@ -105,27 +110,36 @@ class Supervisor:
         self._workforce: Workforce | None = None
         self._starts = 0
         self._deaths = 0
-        self._life_r, self._life_w = os.pipe2(os.O_CLOEXEC)
-        self._standby: _Child | None = None
-        self._newest = mmap.mmap(-1, _NUMBER.size)
-        """The number of the standby forked last, which all of them see; written before that one closes the life pipe."""
-        self._number = 0
-        """In a standby: its own; in the active one: that of its standby."""
-        self._standby_stale = negotiated is not None
-        self._next_standby_s = 0.0
+        look_s = duty.hang_s / 3 if duty.hang_s > 0 else None
+        self._standby = Standby(duty.label, look_s)
+        self._standby.stale = negotiated is not None
+        self._attendant = Attendant(self._fuse_fd, self._slots)
         self._next_look_s: float | None = None
+        self._next_release_s: float | None = None
+        """When to look for readers that were killed while they wait; None while nobody has had to wait."""
         self._over = False
         self._slots_lost = slots_lost
+        self._file = file
+        self._has_users = negotiated is not None
+        """Or had: errors come too late for those who asked for the mount."""
+        self._refused = refused
 
     # -- the loop
 
     def run(self) -> None:
         """Serve until the connection ends."""
-        os.set_blocking(self._fuse_fd, False)
+        if self._refused is not None:
+            self._give_up(self._refused)
+        elif self._image_fd is None or self._negotiated is None:
+            self._attendant.begin()
         self._start_if_ready()
         while not self._over:
-            if self._standby_due() and self._fork_standby():
-                self._take_over()
+            due_s = self._standby_due_s()
+            if due_s is not None and time.monotonic() >= due_s:
+                if self._standby.fork(self._become_standby):
+                    self._take_over()
+                else:
+                    self._tell()
             self._wait()
         self._finish()
 
@@ -140,9 +154,9 @@ class Supervisor:
 
         for descriptor, action in self._daemons.events():
             on(descriptor, action)
-        if self._standby is not None:
-            on(self._standby.pidfd, self._standby_ended)
-        if self._phase == "attending" and self._free_slot() is not None:
+        if self._standby.pidfd is not None:
+            on(self._standby.pidfd, self._standby.ended)
+        if self._phase in _ATTENDING and self._attendant.has_room:
             on(self._fuse_fd, self._attend)
         for worker in self._workforce or ():
             on(worker.pidfd, partial(self._worker_ended, worker))
@@ -164,14 +178,21 @@ class Supervisor:
         if self._workforce is not None:
             yield self._workforce.next_start_s
             yield self._next_look_s
-        if self._standby_stale and self._negotiated is not None:
-            yield self._next_standby_s
+            yield self._next_release_s
+        yield self._standby_due_s()
         alone_since_s = self._daemons.alone_since_s
         if alone_since_s is not None:
-            if self._image_fd is None:
+            if self._is_waiting_for_image():
                 yield alone_since_s + ORPHAN_S
             elif self._mounts:
                 yield alone_since_s + self._duty.grace_s
+
+    def _standby_due_s(self) -> float | None:
+        """Return when to fork a standby (monotonic): not before INIT is answered, whose successor would have nothing to go on with."""
+        return None if self._negotiated is None else self._standby.due_s
+
+    def _is_waiting_for_image(self) -> bool:
+        return self._image_fd is None and self._phase == "attending"
 
     def _look_at_the_clock(self) -> None:
         now_s = time.monotonic()
@@ -179,14 +200,17 @@ class Supervisor:
             if self._workforce.start_due():
                 self._tell()
             if self._next_look_s is not None and now_s >= self._next_look_s:
-                self._workforce.end_hung()
-                if self._standby is not None:
-                    self._end_if_stopped(self._standby.pid, self._standby.pidfd)
+                self._workforce.end_hung(requests_wait=self._has_event(select.POLLIN))
+                self._standby.end_if_stopped()
                 self._next_look_s = now_s + self._duty.hang_s / 3
+            if self._next_release_s is not None and now_s >= self._next_release_s:
+                release_killed(self._slots, self._fuse_fd)
+                arriving = self._board is not None and not self._board.complete
+                self._next_release_s = now_s + LOOK_S if arriving else None
         alone_since_s = self._daemons.alone_since_s
         if alone_since_s is not None:
             alone_s = now_s - alone_since_s
-            if self._image_fd is None and alone_s >= ORPHAN_S:
+            if self._is_waiting_for_image() and alone_s >= ORPHAN_S:
                 _log.error("%s: no daemon brings the image any more", self._duty.label)
                 self._over = True
             elif self._mounts and alone_s >= self._duty.grace_s:
@@ -202,150 +226,76 @@ class Supervisor:
                 poll = select.poll()
                 poll.register(worker.pidfd, select.POLLIN)
                 poll.poll(left_ms)
-        if self._standby is not None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._standby.pidfd, signal.SIGKILL)
+        self._standby.end()
         self._tell()
 
-    # -- the standby
+    # -- other processes
 
-    def _standby_due(self) -> bool:
-        return (
-            self._negotiated is not None and self._standby_stale and time.monotonic() >= self._next_standby_s
-        )
-
-    def _fork_standby(self) -> bool:
-        """Fork a standby that knows what this process knows now, in place of the one there is. True in the standby, when its turn has come."""
-        active, active_pidfd = os.getpid(), -1
-        try:
-            active_pidfd = os.pidfd_open(active)
-            pid = os.fork()
-        except OSError as error:
-            if active_pidfd >= 0:
-                os.close(active_pidfd)
-            _log.warning("%s: no standby can be started: %s", self._duty.label, error.strerror)
-            self._next_standby_s = time.monotonic() + _RETRY_S
-            return False
-        if pid == 0:
-            self._forget_children()
-            self._daemons.forget()
-            self._number += 1
-            _NUMBER.pack_into(self._newest, 0, self._number)
-            os.close(self._life_w)
-            self._stand_by(active, active_pidfd)
-            os.close(active_pidfd)
-            return True
-        os.close(active_pidfd)
-        self._number += 1
-        former = self._standby
-        self._standby = _Child(pid, os.pidfd_open(pid), time.monotonic())
-        self._standby_stale = False
-        if former is not None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(former.pidfd, signal.SIGKILL)
-            os.waitid(os.P_PIDFD, former.pidfd, os.WEXITED)
-            os.close(former.pidfd)
-        self._tell()
-        return False
-
-    def _stand_by(self, active: int, active_pidfd: int) -> None:
-        """Wait for the end of the active one and all its workers; one that somebody has stopped is ended."""
-        poll = select.poll()
-        poll.register(self._life_r, 0)
-        while not poll.poll(self._duty.hang_s * 1000 / 3 if self._duty.hang_s > 0 else None):
-            self._end_if_stopped(active, active_pidfd)
-        if _NUMBER.unpack_from(self._newest)[0] != self._number:
-            os._exit(0)  # the one that was about to replace this one knows more
-
-    def _end_if_stopped(self, pid: int, pidfd: int) -> None:
-        if "T" in thread_states(pid):
-            _log.error("%s: pid %d is stopped; it is replaced", self._duty.label, pid)
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-
-    def _standby_ended(self) -> None:
-        standby = self._standby
-        assert standby is not None
-        os.waitid(os.P_PIDFD, standby.pidfd, os.WEXITED)
-        os.close(standby.pidfd)
-        self._standby = None
-        self._standby_stale = True
-        now_s = time.monotonic()
-        self._next_standby_s = now_s + (_RETRY_S if now_s - standby.born_s < 1.0 else 0.0)
+    def _become_standby(self) -> None:
+        """In a new standby: the children of the one that forked it are not ours."""
+        for worker in self._workforce or ():
+            worker.close()
+        self._workforce = None
+        self._daemons.forget()
 
     def _take_over(self) -> None:
         """Be the active one: predecessor and workers are gone."""
         _log.error("%s: the supervisor was killed; pid %d takes over", self._duty.label, os.getpid())
-        os.close(self._life_r)
-        self._life_r, self._life_w = os.pipe2(os.O_CLOEXEC)
-        self._standby_stale, self._next_standby_s = True, 0.0
         self._daemons.alone_since_s = time.monotonic()
-        if self._phase == "attending":
-            for slot in self._slots:
-                if slot.busy():
-                    self._send_replies(attend(slot, self._slots))
+        if self._phase in _ATTENDING:
+            self._attendant.begin(refusing=self._phase == "refusing")
         elif self._phase == "starting":
             self._start_if_ready()
         else:
+            os.set_blocking(self._fuse_fd, True)  # the predecessor's workers may have had to hear of bytes
             self._employ().start(self._duty.workers)
-
-    def _forget_children(self) -> None:
-        """In a new process: the children of the one that forked it are not ours."""
-        for worker in self._workforce or ():
-            worker.close()
-        self._workforce = None
-        if self._standby is not None:
-            os.close(self._standby.pidfd)
-            self._standby = None
 
     def _become_worker(self) -> None:
         """In a new worker: close what keeps the mount alive, and what is the supervisor's business."""
         self._daemons.forget()
-        if self._standby is not None:
-            os.close(self._standby.pidfd)
-        self._newest.close()
-        for descriptor in (self._life_r, self._slots_fd, *self._mounts):
+        self._standby.become_worker()
+        for descriptor in (self._slots_fd, *self._mounts):
             os.close(descriptor)
 
-    # -- before the image is there
-
-    def _free_slot(self) -> Slot | None:
-        return next((slot for slot in self._slots if not slot.busy()), None)
+    # -- without workers
 
     def _attend(self) -> None:
         """Read one request and answer it, if that can be done without the image."""
-        slot = self._free_slot()
-        if slot is None or self._phase != "attending":
+        if self._phase not in _ATTENDING:
             return
-        try:
-            length = os.readv(self._fuse_fd, slot.vector)
-        except OSError as error:
-            if error.errno in _OVER:
-                self._over = True
-            elif error.errno not in _NOTHING_READ:
-                raise
-            return
-        if self._negotiated is None and is_init(slot.buffer[:length]):
-            reply, self._negotiated = negotiate(
-                bytes(slot.buffer[:length]), max_readahead_bytes=self._duty.max_readahead_bytes
-            )
-            slot.clear()
-            self._send_replies([reply])
-            self._standby_stale = True
-            self._tell()
-            self._start_if_ready()
-        else:
-            self._send_replies(attend(slot, self._slots))
+        slot = self._attendant.take()
+        if slot is not None:
+            if self._negotiated is None and is_init(slot.buffer[: slot.length]):
+                self._agree(slot)
+            else:
+                self._attendant.deal(slot)
+        self._over = self._over or self._attendant.over
 
-    def _send_replies(self, replies: list[bytes]) -> None:
-        for reply in replies:
-            try:
-                os.write(self._fuse_fd, reply)
-            except OSError as error:
-                if error.errno in _OVER:
-                    self._over = True
-                elif error.errno != errno.ENOENT:  # ENOENT: answered already
-                    raise
+    def _agree(self, slot: Slot) -> None:
+        """Answer INIT."""
+        request = bytes(slot.buffer[: slot.length])
+        reply, self._negotiated = negotiate(request, max_readahead_bytes=self._duty.max_readahead_bytes)
+        self._attendant.reply(reply)
+        slot.clear()
+        self._standby.stale = True
+        self._tell()
+        self._start_if_ready()
+
+    def _give_up(self, error: UenvError) -> None:
+        """End the connection, or answer EIO to its end if it has users; whoever listens hears why."""
+        self._report = WorkerReport(error=error)
+        if self._has_users:
+            _log.error("%s: it cannot be served any more, its users get EIO: %s", self._duty.label, error)
+            if self._workforce is not None:
+                self._workforce.end_all()
+                self._workforce = None
+            self._release()
+            self._phase = "refusing"
+            self._standby.stale = True
+            self._attendant.begin(refusing=True)
+        else:
+            self._phase, self._over = "failed", True
+        self._tell(with_report=True)
 
     # -- workers
 
@@ -356,7 +306,7 @@ class Supervisor:
         os.set_blocking(self._fuse_fd, True)
         self._phase = "starting"
         self._employ().start(1)
-        self._standby_stale = True
+        self._standby.stale = True
         self._tell()
 
     def _employ(self) -> Workforce:
@@ -383,11 +333,13 @@ class Supervisor:
         with contextlib.suppress(OSError):
             os.write(self._fuse_fd, RESEND)
 
-    def _is_connection_over(self) -> bool:
-        """Tell whether the kernel has ended the connection. (Never waited for: each request would wake this process, too.)"""
+    def _has_event(self, event: int) -> bool:
+        """Tell whether requests wait (POLLIN) or the kernel has ended the connection (POLLERR). (Never waited for: each request would wake
+        this process, too.)
+        """
         poll = select.poll()
-        poll.register(self._fuse_fd, 0)
-        return any(events & select.POLLERR for _fd, events in poll.poll(0))
+        poll.register(self._fuse_fd, event)
+        return any(events & event for _fd, events in poll.poll(0))
 
     def _worker_said(self, worker: Worker) -> None:
         if worker.channel.fileno() < 0:
@@ -395,62 +347,58 @@ class Supervisor:
         data = receive_report(worker)
         if data is None:
             return  # its end shows elsewhere
+        if data == SETTLED:
+            self._employ().settled(worker)
+            return
         wanted = parse_want(data)
         if wanted is not None:
             if len(self._wants) < _MAX_WANTS:
                 self._wants[wanted] = None
             self._daemons.send_all(_want(wanted))
+            if self._next_release_s is None:
+                self._next_release_s = time.monotonic() + LOOK_S
         if wanted is not None or self._report is not None:
             return
         try:
-            self._report = WorkerReport.decode(data)
+            report = WorkerReport.decode(data)
         except ProtocolError as error:
-            self._report = WorkerReport(error=error)
-        if self._report.error is not None:
-            self._phase = "failed"
-            self._over = True
-        else:
-            self._phase = "serving"
-            self._employ().start(self._duty.workers)
-            if self._slots_lost:
-                self._resend()
-            self._standby_stale = True
+            report = WorkerReport(error=error)
+        if report.error is not None:
+            self._give_up(report.error)
+            return
+        self._report, self._phase, self._has_users = report, "serving", True
+        self._employ().start(self._duty.workers)
+        if self._slots_lost:
+            self._resend()
+        self._standby.stale = True
         self._tell(with_report=True)
 
     def _worker_ended(self, worker: Worker) -> None:
         if self._report is None:
             self._worker_said(worker)
-            if self._over:
-                return
-        workforce = self._employ()
+        workforce = self._workforce
+        if workforce is None or self._over:
+            return
         status = workforce.ended(worker)
-        if status == 0 or self._is_connection_over():
+        if status == 0 or self._has_event(select.POLLERR):
             self._over = True
             return
         self._deaths += 1
         if self._report is None:
             self._starts += 1
-            if self._starts >= _MAX_STARTS:
-                self._report = WorkerReport(
-                    error=WorkerFailed(f"the workers for {self._duty.label} ended before they served")
-                )
-                self._phase, self._over = "failed", True
-                self._tell(with_report=True)
+            if self._starts >= _MAX_STARTS and not self._has_users:
+                self._give_up(WorkerFailed(f"the workers for {self._duty.label} ended before they served"))
                 return
         if workforce.hopeless:
-            _log.error(
-                "%s: its workers end again and again, for no request; it is given up", self._duty.label
-            )
-            self._report = WorkerReport(
-                error=WorkerFailed(f"the workers for {self._duty.label} end again and again")
-            )
-            self._phase, self._over = "failed", True
-            self._tell(with_report=True)
+            self._give_up(WorkerFailed(f"the workers for {self._duty.label} end again and again"))
             return
         workforce.start_due()
         self._tell()
 
     # -- an image that is still arriving
+
+    def _takes_image(self) -> bool:
+        return self._phase != "refusing" and (self._image_fd is None or self._board is not None)
 
     def _take_image(self, named: dict[str, list[int]]) -> None:
         """Begin with an image, or go on with another file of the same one (whose former writer is gone)."""
@@ -462,7 +410,7 @@ class Supervisor:
         os.close(former)
         if self._workforce is not None:
             self._workforce.change_image(self._image_fd, self._board)
-        self._standby_stale = True
+        self._standby.stale = True
         for wanted in list(self._wants):
             self._daemons.send_all(_want(wanted))
         self._tell()
@@ -481,7 +429,7 @@ class Supervisor:
     def _obey(self, channel: socket.socket, message: Message, named: dict[str, list[int]]) -> None:
         """Do what a daemon says; the descriptors that are taken over leave ``named``."""
         match message.op:
-            case "image" if "image" in named and (self._image_fd is None or self._board is not None):
+            case "image" if "image" in named and self._takes_image():
                 self._take_image(named)
             case "have":
                 self._bytes_came()
@@ -504,7 +452,7 @@ class Supervisor:
         for descriptor in self._mounts:
             os.close(descriptor)
         if self._mounts:
-            self._standby_stale = True
+            self._standby.stale = True
         self._mounts = []
 
     def _greet(self, channel: socket.socket, *, adopt: bool) -> None:
@@ -513,7 +461,7 @@ class Supervisor:
             given = [("fuse", self._fuse_fd), ("slots", self._slots_fd)]
             if self._mounts:
                 given.append(("mount", self._mounts.pop()))
-                self._standby_stale = True
+                self._standby.stale = True
         message = Message(
             "state",
             {"state": self._state().to_wire(), "duty": self._duty.to_wire()},
@@ -532,11 +480,13 @@ class Supervisor:
             phase=self._phase,
             pid=os.getpid(),
             workers=self._workforce.pids if self._workforce is not None else (),
-            standby=self._standby.pid if self._standby is not None else None,
+            standby=self._standby.pid,
             deaths=self._deaths,
             mounts=len(self._mounts),
             negotiated=self._negotiated.to_wire() if self._negotiated is not None else None,
             arriving=self._board is not None and not self._board.complete,
+            slots_lost=self._slots_lost,
+            file=self._file,
         )
 
     def _tell(self, *, with_report: bool = False) -> None:

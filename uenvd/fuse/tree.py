@@ -92,18 +92,33 @@ class Tree:
         self._mask_privileged = mask_privileged
         self.source: Source = FileSource(image_fd, offset_bytes) if source is None else source
         self.before_work: Callable[[], None] = _nothing
-        """Called before the image file is read, and so before anything that may take a while."""
+        """Called before the image file is read from where it may have to be waited for."""
+        self.before_decoding: Callable[[], None] = _nothing
+        """Called before a block of data is decoded."""
         self.shared = shared
-        self.image = Image(self._read_at, self.source.size_bytes())
+        self._recent: tuple[Block | None, bytes] = (None, b"")
+        """The shared block that was decoded here last: the next files often lie in it, too."""
+        self._whole_file = source is None
+        self.image = Image(self._read_soon, self.source.size_bytes())
         self.block_size_bytes = self.image.superblock.block_size_bytes
         self.blocks = BlockCache(cache_bytes)
         if shared is not None:
             shared.attach(self.block_size_bytes)
         self._listings = Listings(self.image)
+        self.mode_mask = 0o7777 & (_UNPRIVILEGED if mask_privileged else -1)
+        """The permission bits that are shown."""
 
     def _read_at(self, pos_bytes: int, size_bytes: int) -> bytes:
         self.before_work()
         return self.source.read(pos_bytes, size_bytes)
+
+    def _read_soon(self, pos_bytes: int, size_bytes: int) -> bytes:
+        """Read what often lies in the page cache."""
+        if self._whole_file:
+            data = self._read_now(pos_bytes, size_bytes)
+            if data is not None:
+                return data
+        return self._read_at(pos_bytes, size_bytes)
 
     # -- metadata: one thread at a time
 
@@ -151,12 +166,12 @@ class Tree:
         """Return the attributes of an entry of a directory, None when it has no such entry."""
         if len(name) > NAME_MAX_BYTES:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        entry = self.image.find_entry(self._directory(parent_ino), name)
+        entry = self.image.find_entry(self.directory(parent_ino), name)
         return None if entry is None else self.shown(self.ino_of(entry.ref), self.image.entry_facts(entry))
 
     def listing(self, ino: int, offset: int) -> Generator[Listed, None, None]:
         """Yield the entries of a directory from an offset on: 0, or the ``next_offset`` of an entry. The first two are "." and ".."."""
-        directory = self._directory(ino)
+        directory = self.directory(ino)
         if offset == 0:
             yield Listed(b".", self.attributes(ino), 1)
         if offset <= 1:
@@ -172,7 +187,8 @@ class Tree:
                 attributes = shown(entry.ref + _INO_OFFSET, entry_facts(entry))
                 yield _new_listed((entry.name, attributes, index + 3))
 
-    def _directory(self, ino: int) -> Inode:
+    def directory(self, ino: int) -> Inode:
+        """Return the inode of a directory."""
         inode = self.inode(ino)
         if inode.kind is not Kind.DIRECTORY:
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -239,7 +255,7 @@ class Tree:
         if block.stored_bytes == 0:
             return self._hole(span)
         if _stored_as_is(span):
-            data = self._read_at(block.pos_bytes + span.start, span.stop - span.start)
+            data = self._read_soon(block.pos_bytes + span.start, span.stop - span.start)
             if len(data) != span.stop - span.start:
                 raise FormatError("the image ends within a data block")
             return data
@@ -249,8 +265,10 @@ class Tree:
         """Return the bytes of a span as `part` does, through the blocks that all workers share. For one thread."""
         block, start, stop = span
         shared = self.shared
-        if shared is None or block.stored_bytes == 0 or _stored_as_is(span):
+        if shared is None or not block.compressed:
             return self.part(span)
+        if block == self._recent[0]:
+            return _cut(self._recent[1], span)
         data = shared.get(block, start, stop)
         if data is not None:
             return data
@@ -261,6 +279,7 @@ class Tree:
             data = self._decode(block)
             if _worth_keeping(span, data):
                 shared.put(block, data)
+                self._recent = block, data
             elif block.stored_bytes >= _FORGOTTEN_BYTES:
                 self.source.done_with(block.pos_bytes, block.stored_bytes)
         return _cut(data, span)
@@ -280,9 +299,10 @@ class Tree:
             shared.end_ahead(block)
 
     def _decode(self, block: Block) -> bytes:
-        stored = self._read_at(block.pos_bytes, block.stored_bytes)
+        stored = self._read_soon(block.pos_bytes, block.stored_bytes)
         if len(stored) != block.stored_bytes:
             raise FormatError("the image ends within a data block")
+        self.before_decoding()
         return self.image.decode(block, stored)
 
     def _hole(self, span: Span) -> Part:

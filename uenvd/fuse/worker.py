@@ -23,6 +23,7 @@ import trio
 
 from uenvd import mounts
 from uenvd.errors import InternalError, StorageError, UenvError, WorkerFailed
+from uenvd.fuse.bounds import data_limit_bytes
 from uenvd.fuse.confine import acting_as, confine
 from uenvd.fuse.faults import Faults
 from uenvd.fuse.opening import LATE_MODULES, open_image, open_tree, read_meta
@@ -97,6 +98,7 @@ def _prepare(channel: socket.socket, setup: WorkerSetup, descriptors: dict[str, 
         groups=setup.groups,
         keep=frozenset({channel.fileno(), *descriptors.values()}),
         cache_bytes=setup.cache_bytes,
+        data_bytes=data_limit_bytes(setup.cache_bytes, threads=True),
         policy=None,
     )
     if image is None:

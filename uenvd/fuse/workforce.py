@@ -1,8 +1,9 @@
 """The workers of one image: started, watched, replaced. They are children of the supervisor and end with it.
 
 A worker's end is seen through its pidfd. What it had in hand lies in its slots; its successor gets the same slots and answers that first.
-A worker hangs when one request has kept it busy for too long while no thread of it waits for storage (a parallel file system may take
-minutes to recover: killing a worker would not make it faster), or when somebody has stopped it.
+A worker hangs when one request has kept it busy for too long, or when requests have waited for that long and nobody has begun one, while no
+thread of it waits for storage (a parallel file system may take minutes to recover: killing a worker would not make it faster); or when
+somebody has stopped it.
 
 Sources: pidfd_open(2), prctl(2) PR_SET_PDEATHSIG, proc_pid_stat(5).
 """
@@ -31,7 +32,7 @@ from uenvd.fuse.protocol import Negotiated
 from uenvd.fuse.seccomp import Policy, restrict
 from uenvd.fuse.shared import SharedBlocks
 from uenvd.fuse.slots import Slot
-from uenvd.fuse.source import WANT, WOKEN, ArrivingSource
+from uenvd.fuse.source import SETTLED, WANT, WOKEN, ArrivingSource
 from uenvd.fuse.tree import Tree
 from uenvd.handover import SLOTS_PER_WORKER, Duty, WorkerReport
 
@@ -56,6 +57,8 @@ class Worker:
     pidfd: int
     channel: socket.socket
     born_s: float
+    arriving: bool
+    """It serves an image that is not complete: the descriptor of the connection has to be non-blocking."""
 
     def close(self) -> None:
         """Close our descriptors of it."""
@@ -103,8 +106,10 @@ class Workforce:
         self._workers: dict[int, Worker] = {}
         self._short_lives = 0
         self._own_ends = 0
-        """Of these, in a row: those that nobody had asked for with SIGKILL."""
+        """Short lives in a row that nobody had ended with SIGKILL, and in which no request was begun."""
         self._own_ends_since_s = 0.0
+        self._unserved_since_ns: int | None = None
+        """Since when requests have waited of which nobody has begun one; None: none waited when that was looked at last."""
         self._due: dict[int, float] = {}
         """Workers to be started, and when (monotonic)."""
 
@@ -125,12 +130,17 @@ class Workforce:
 
     @property
     def hopeless(self) -> bool:
-        """Whether workers have been ending of themselves, soon after their start, again and again for a long time.
+        """Whether workers have been ending of themselves, soon after their start, again and again for a long time, and none did any good.
 
-        A request that ends its workers is refused (`uenvd.fuse.channel.MAX_ATTEMPTS`). This is for what ends them with no request in hand:
-        without it readers would wait for ever.
+        A request that ends its workers is refused (`uenvd.fuse.channel.MAX_ATTEMPTS`), however many there are of that kind. This is for what
+        ends workers before they begin a request: without it readers would wait for ever.
         """
-        return self._own_ends >= _HOPELESS_ENDS and time.monotonic() - self._own_ends_since_s >= _HOPELESS_S
+        now_s = time.monotonic()
+        return (
+            self._own_ends >= _HOPELESS_ENDS
+            and now_s - self._own_ends_since_s >= _HOPELESS_S
+            and not any(now_s - worker.born_s >= _SHORT_LIFE_S for worker in self)
+        )
 
     @property
     def next_start_s(self) -> float | None:
@@ -150,6 +160,26 @@ class Workforce:
         for worker in self:
             with suppress(OSError):  # one whose channel is full has been told
                 worker.channel.send(WOKEN, socket.MSG_DONTWAIT)
+
+    def settled(self, worker: Worker) -> None:
+        """Take note that a worker says so (`uenvd.fuse.source.SETTLED`): when none has to hear of bytes any more, all sleep in read(2)."""
+        worker.arriving = False
+        self._sleep_if_all_may()
+
+    def _sleep_if_all_may(self) -> None:
+        here = self._board is None or self._board.complete
+        if here and not any(one.arriving for one in self):
+            os.set_blocking(self._fuse_fd, True)
+
+    def end_all(self) -> None:
+        """Kill all workers and wait until they are gone: nobody uses the slots then."""
+        self._due.clear()
+        for worker in list(self):
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, worker.pidfd, os.WEXITED)
+            del self._workers[worker.index]
+            worker.close()
 
     def start_due(self) -> bool:
         """Start the workers whose time has come; tell whether there was one."""
@@ -173,18 +203,21 @@ class Workforce:
         worker.close()
         if status == 0:
             return 0
+        if worker.arriving:
+            self._sleep_if_all_may()
         now_s = time.monotonic()
         if worker.pid in self._replaced:
             self._replaced.discard(worker.pid)
             self._due[worker.index] = now_s
             return status
         self._short_lives = self._short_lives + 1 if now_s - worker.born_s < _SHORT_LIFE_S else 0
-        if self._short_lives and status != -signal.SIGKILL:
-            self._own_ends += 1
-            if self._own_ends == 1:
-                self._own_ends_since_s = now_s
-        else:
+        own_end = self._short_lives and status != -signal.SIGKILL
+        if not own_end or self._begun_ns() > self._own_ends_since_s * 1e9:
             self._own_ends = 0
+        if own_end and self._begun_ns(worker.index) < worker.born_s * 1e9:
+            if self._own_ends == 0:
+                self._own_ends_since_s = now_s
+            self._own_ends += 1
         delay_s = 0.0 if self._short_lives < 3 else min(0.01 * 2**self._short_lives, _MAX_DELAY_S)
         self._due[worker.index] = now_s + delay_s
         _log.warning(
@@ -192,12 +225,14 @@ class Workforce:
         )
         return status
 
-    def end_hung(self) -> None:
-        """Kill workers that hang; their end shows like any other."""
+    def end_hung(self, *, requests_wait: bool) -> None:
+        """Kill workers that hang; their end shows like any other. ``requests_wait``: whether the kernel has some at this moment."""
         now_ns = time.monotonic_ns()
+        unserved = self._are_unserved(now_ns, requests_wait)
         for worker in self:
             state = thread_states(worker.pid)
-            if "T" in state or (self._is_late(worker, now_ns) and "D" not in state):
+            late = self._is_late(worker, now_ns) or (unserved and self._should_serve(worker, now_ns))
+            if "T" in state or (late and "D" not in state):
                 _log.error("%s: worker %d (pid %d) hangs", self._duty.label, worker.index, worker.pid)
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
@@ -209,12 +244,35 @@ class Workforce:
             for slot in self._slots_of(worker.index)
         )
 
+    def _are_unserved(self, now_ns: int, requests_wait: bool) -> bool:
+        """Tell whether requests have waited all the time that one may take, and nobody has begun any."""
+        since_ns = self._unserved_since_ns
+        if not requests_wait:
+            self._unserved_since_ns = None
+        elif since_ns is None or self._begun_ns() > since_ns:
+            self._unserved_since_ns = now_ns
+        else:
+            return now_ns - since_ns > self._duty.hang_s * 1e9
+        return False
+
+    def _should_serve(self, worker: Worker, now_ns: int) -> bool:
+        """Tell whether a worker has room for a request, and had the time to take one."""
+        has_room = any(not slot.busy() for slot in self._slots_of(worker.index))
+        return has_room and now_ns - worker.born_s * 1e9 > self._duty.hang_s * 1e9
+
+    def _begun_ns(self, index: int | None = None) -> int:
+        """Return when a request was begun last, by any worker or by that one (and its predecessors)."""
+        return max(
+            (slot.begun_ns for slot in (self._slots if index is None else self._slots_of(index))), default=0
+        )
+
     def _slots_of(self, index: int) -> Sequence[Slot]:
         return self._slots[index * SLOTS_PER_WORKER : (index + 1) * SLOTS_PER_WORKER]
 
     def _start(self, index: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        parent = os.getpid()
+        parent, born_s = os.getpid(), time.monotonic()
+        board = self._board if self._board is not None and not self._board.complete else None
         try:
             pid = os.fork()
         except OSError as error:
@@ -231,30 +289,27 @@ class Workforce:
                 for worker in self:
                     worker.close()
                 self._in_child()
-                self._serve(index, theirs)
+                self._serve(index, theirs, board)
                 status = 0
             except BaseException:  # noqa: BLE001 - the boundary: nothing of the supervisor may run in a worker
                 _log.exception("%s: a worker ends", self._duty.label)
             finally:
                 os._exit(status)
         theirs.close()
-        self._workers[index] = Worker(index, pid, os.pidfd_open(pid), ours, time.monotonic())
+        self._workers[index] = Worker(index, pid, os.pidfd_open(pid), ours, born_s, board is not None)
 
-    def _serve(self, index: int, channel: socket.socket) -> None:
+    def _serve(self, index: int, channel: socket.socket, board: Board | None) -> None:
         """Be a worker: look at the image, report, serve to the end of the connection."""
         duty = self._duty
         _place(duty)
         restrict(Policy.WORKER)
-        board = self._board if self._board is not None and not self._board.complete else None
         source = None if board is None else ArrivingSource(self._image_fd, board, channel)
         try:
             tree, report = self._look(source)
         except UenvError as error:
-            with suppress(OSError):
-                channel.send(WorkerReport(error=error).encode())
+            _say(channel, WorkerReport(error=error).encode())
             os._exit(1)
-        with suppress(OSError):
-            channel.send(report.encode())
+        _say(channel, report.encode())
         faults = Faults(duty.label)
         if source is None:
             Channel(self._fuse_fd, tree, self._negotiated, self._slots_of(index), faults).serve()
@@ -268,6 +323,7 @@ class Workforce:
                 source_wake_fd=channel.fileno(),
                 give_up=source.give_up,
                 complete=lambda: source.complete,
+                settled=lambda: _say(channel, SETTLED),
             ).serve()
 
     def _look(self, source: ArrivingSource | None) -> tuple[Tree, WorkerReport]:
@@ -301,6 +357,12 @@ def _end_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def _say(channel: socket.socket, data: bytes) -> None:
+    """Tell the supervisor; one that is gone takes this process with it."""
+    with suppress(OSError):
+        channel.send(data)
 
 
 def _place(duty: Duty) -> None:

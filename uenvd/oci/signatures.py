@@ -2,7 +2,8 @@
 
 A signature is an attachment (``uenv/signature``) with one DSSE envelope (github.com/secure-systems-lab/dsse, protocol 1.0.2) whose payload says
 the digest of the manifest and the name for which it was signed: ``system/uarch/name/version``. Without the name, whoever may write to the registry
-could offer one signed image as another. The namespace is not part of it, so that a signature stays right when an image is promoted. Keys are
+could offer one signed image as another. It may also say the tags under which the image is released: then it is not believed under any other tag.
+The namespace is not part of it, so that a signature stays right when an image is promoted. Keys are
 PEM files: private ones PKCS #8 (RFC 5958) and readable by their owner only, public ones SubjectPublicKeyInfo (RFC 5280), which OpenSSL reads too.
 """
 
@@ -170,11 +171,13 @@ def pre_authentication(payload_type: str, payload: bytes) -> bytes:
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
-def envelope(key: PrivateKey, name: str, digest: str) -> bytes:
-    """Sign; equal arguments give equal bytes."""
-    payload = json.dumps(
-        {"image": name, "digest": digest, "version": 1}, sort_keys=True, separators=(",", ":")
-    ).encode()
+def envelope(key: PrivateKey, name: str, digest: str, tags: Iterable[str] = ()) -> bytes:
+    """Sign; equal arguments give equal bytes. ``tags``: the only ones under which it holds; none: it says nothing of tags."""
+    said: dict[str, Any] = {"image": name, "digest": digest, "version": 1}
+    bound = sorted(set(tags))
+    if bound:
+        said["tags"] = bound
+    payload = json.dumps(said, sort_keys=True, separators=(",", ":")).encode()
     signature = key.key.sign(pre_authentication(PAYLOAD_TYPE, payload))
     body = {
         "payload": base64.b64encode(payload).decode(),
@@ -185,24 +188,43 @@ def envelope(key: PrivateKey, name: str, digest: str) -> bytes:
 
 
 def check_envelopes(
-    envelopes: Iterable[bytes], keys: Mapping[str, PublicKey], name: str, digest: str
+    envelopes: Iterable[bytes],
+    keys: Mapping[str, PublicKey],
+    name: str,
+    digest: str,
+    tag: str | None = None,
+    *,
+    tag_needed: bool = False,
 ) -> PublicKey:
-    """Return the key of the first envelope that is right for this image under this name. Raises `SignatureRefused` with the reasons."""
+    """Return the key of the first envelope that is right for this image under this name. Raises `SignatureRefused` with the reasons.
+
+    ``tag``: by which it was asked for, and which stays with one image; None: by its digest, or by one that moves. ``tag_needed``: an
+    envelope that says nothing of tags is not believed for one.
+    """
     reasons = []
     for raw in envelopes:
         try:
-            return _check(raw, keys, name, digest)
+            return _check(raw, keys, name, digest, tag, tag_needed=tag_needed)
         except ValueError as error:
             reasons.append(str(error))
     if not reasons:
         raise SignatureRefused(f"the image {digest} is not signed")
     raise SignatureRefused(
         f"no signature of {digest} is good: " + "; ".join(dict.fromkeys(reasons)),
-        hint="it must be signed under this very name, with a key that this site believes",
+        hint="it must be signed under this very name, with a key that this site believes"
+        + (f"; under a further tag: uenvd-publish sign LABEL --tag {tag}" if tag is not None else ""),
     )
 
 
-def _check(raw: bytes, keys: Mapping[str, PublicKey], name: str, digest: str) -> PublicKey:
+def _check(
+    raw: bytes,
+    keys: Mapping[str, PublicKey],
+    name: str,
+    digest: str,
+    tag: str | None,
+    *,
+    tag_needed: bool,
+) -> PublicKey:
     """Raises ValueError that says why the envelope is not good."""
     from cryptography.exceptions import InvalidSignature
 
@@ -229,17 +251,30 @@ def _check(raw: bytes, keys: Mapping[str, PublicKey], name: str, digest: str) ->
             raise ValueError(f"one by {key.name} is of another image")
         if said.get("image") != name:
             raise ValueError(f"one by {key.name} is for {str(said.get('image'))[:200]}, not {name}")
+        if tag is not None:
+            _check_tag(said.get("tags"), key.name, tag, needed=tag_needed)
         return key
     shown = ", ".join(str(key_id)[:19] for key_id, _signature in signatures[:4]) or "nobody"
     raise ValueError(f"one is by {shown}, an unknown key")
 
 
+def _check_tag(said: object, signer: str, tag: str, *, needed: bool) -> None:
+    """Raises ValueError unless what an envelope says of tags allows this one."""
+    if said is None and not needed:
+        return
+    if said is None:
+        raise ValueError(f"one by {signer} does not say that it is for the tag {tag}")
+    if not isinstance(said, list) or tag not in said:
+        shown = ", ".join(map(str, said))[:200] if isinstance(said, list) else "something else"
+        raise ValueError(f"one by {signer} is for the tag {shown}, not {tag}")
+
+
 # --- in a registry ------------------------------------------------------------------------------------------------------------------
 
 
-def sign(remote: Remote, repository: str, digest: str, key: PrivateKey) -> str:
-    """Sign an image and attach the signature; return the digest of the attachment. Raises the remote's errors."""
-    data = envelope(key, signed_name(repository), digest)
+def sign(remote: Remote, repository: str, digest: str, key: PrivateKey, tags: Iterable[str] = ()) -> str:
+    """Sign an image and attach the signature; return the digest of the attachment. ``tags`` as in `envelope`. Raises the remote's errors."""
+    data = envelope(key, signed_name(repository), digest, tags)
     content = Content("signature.json", data, ENVELOPE_TYPE)
     return attach(remote, repository, digest, SIGNATURE_TYPE, [content], {SIGNER: key.key_id})
 
@@ -256,6 +291,21 @@ def read_envelopes(remote: Remote, repository: str, digest: str) -> list[bytes]:
     return found
 
 
-def verify(remote: Remote, repository: str, digest: str, keys: Mapping[str, PublicKey]) -> PublicKey:
-    """Return the key that signed an image. Raises `SignatureRefused`, `UsageError`, and the remote's errors."""
-    return check_envelopes(read_envelopes(remote, repository, digest), keys, signed_name(repository), digest)
+def verify(
+    remote: Remote,
+    repository: str,
+    digest: str,
+    keys: Mapping[str, PublicKey],
+    tag: str | None = None,
+    *,
+    tag_needed: bool = False,
+) -> PublicKey:
+    """Return the key that signed an image; ``tag`` as in `check_envelopes`. Raises `SignatureRefused`, `UsageError`, and the remote's errors."""
+    return check_envelopes(
+        read_envelopes(remote, repository, digest),
+        keys,
+        signed_name(repository),
+        digest,
+        tag,
+        tag_needed=tag_needed,
+    )

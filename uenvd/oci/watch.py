@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import io
 import queue
+import select
 import socket
 import threading
 import time
@@ -26,7 +27,9 @@ from uenvd.errors import Cancelled
 
 TICK_S: Final = 0.1
 """How late a deadline or a cancellation may be noticed."""
-ENOUGH_BYTES: Final = 256 << 10
+IDLE_S: Final = 30.0
+"""A connection that was not used for so long is not used again: what is between may have forgotten it without a word."""
+ENOUGH_BYTES: Final = 512 << 10
 GATHER_S: Final = 0.05
 
 
@@ -135,6 +138,10 @@ class Response(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 -- handed through
         super().__init__(cast("socket.socket", _TickingSocket(sock)), *args, **kwargs)
         self._failure: Exception | None = None
+        # What TLS has decoded already no readiness of the socket would tell of.
+        self._plain = sock if type(sock) is socket.socket else None
+        self._low_water = 1
+        self._unbuffered = False
 
     def receive_into(self, buffer: memoryview) -> int:
         """Fill a part of the buffer with what follows of the body; 0 at its end, which may have come too early.
@@ -146,6 +153,8 @@ class Response(http.client.HTTPResponse):
         filled, begin = 0, time.monotonic()
         try:
             while filled < len(buffer):
+                if not self._await(len(buffer) - filled) and filled:
+                    break
                 count = self._receive(buffer[filled:])
                 filled += count
                 if not count or filled >= ENOUGH_BYTES or time.monotonic() - begin > GATHER_S:
@@ -166,11 +175,37 @@ class Response(http.client.HTTPResponse):
         if self.length is not None:
             buffer = buffer[: self.length]
         count = self.fp.readinto1(buffer)
+        # `io.BufferedReader` hands out what it has, or reads past itself: less than asked for means that it has nothing left.
+        self._unbuffered = self._unbuffered or count < len(buffer)
         if self.length is not None:
             self.length -= count
         if not count or self.length == 0:
+            if self._plain is not None:
+                self._set_low_water(self._plain, 1)
             self._close_conn()  # type: ignore[attr-defined]  # what http.client's own readers do at the end of a body
         return count
+
+    def _await(self, size_bytes: int) -> bool:
+        """Sleep, `GATHER_S` at most, until so much of the body is here, once and not for each of its segments; tell whether there is anything.
+
+        Where that cannot be known it does not sleep.
+        """
+        sock = self._plain
+        if sock is None or not self._unbuffered or not self.length or self.isclosed():
+            return True
+        self._set_low_water(sock, min(size_bytes, self.length, ENOUGH_BYTES))
+        waiting = select.poll()
+        waiting.register(sock, select.POLLIN)
+        if waiting.poll(GATHER_S * 1000):
+            return True
+        self._set_low_water(sock, 1)
+        return bool(waiting.poll(0))
+
+    def _set_low_water(self, sock: socket.socket, size_bytes: int) -> None:
+        """Let the socket count as readable from so many bytes on, or at its end (``SO_RCVLOWAT``, socket(7))."""
+        if size_bytes != self._low_water:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size_bytes)
+            self._low_water = size_bytes
 
 
 def _resolve(host: str, port: int, timeout_s: float) -> list[str]:
@@ -245,14 +280,31 @@ class _BoundedTLS(_Bounded, urllib3.connection.HTTPSConnection):
     """The same over TLS."""
 
 
-class _HTTPPool(urllib3.HTTPConnectionPool):
+class _Pool(urllib3.HTTPConnectionPool):
+    """Connections that are used again, but none that lay idle for `IDLE_S`: that one leads nowhere is known after a read timeout only.
+
+    After one that failed urllib3 takes a new one: the pool is a stack, and who fails puts an empty place on top of it.
+    """
+
     ConnectionCls = _Bounded
 
+    def _get_conn(self, timeout: float | None = None) -> Any:  # noqa: ANN401 -- as in the base class
+        connection: Any = super()._get_conn(timeout)
+        put_s = getattr(connection, "put_s", None)
+        if put_s is not None and time.monotonic() - put_s >= IDLE_S:
+            connection.close()  # it is opened anew when it is used
+        return connection
 
-class _HTTPSPool(urllib3.HTTPSConnectionPool):
+    def _put_conn(self, conn: Any) -> None:  # noqa: ANN401
+        if conn is not None:
+            conn.put_s = time.monotonic()
+        super()._put_conn(conn)
+
+
+class _TLSPool(_Pool, urllib3.HTTPSConnectionPool):
     ConnectionCls = _BoundedTLS
 
 
 def install(manager: urllib3.PoolManager) -> None:
     """Make a pool manager open connections that obey the watch of the calling thread."""
-    manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+    manager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}

@@ -9,6 +9,7 @@ from uenvd.errors import AuditFailed, UsageError
 from uenvd.publish.build.audit import BUILD_DIRECTORY, Rules
 from uenvd.publish.build.imagefile import audit_image
 from uenvd.publish.console import say, show, show_json
+from uenvd.publish.elsewhere import run_elsewhere
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help=f"a directory that no file may name, beside {BUILD_DIRECTORY}; may be repeated",
     )
+    parser.add_argument(
+        "--run",
+        dest="elsewhere",
+        action="store_true",
+        help="use the image, too: run its smoke tests as another user, where nothing but a shell, the usual tools and glibc is of this machine",
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
@@ -43,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
         prefix=arguments.prefix and arguments.prefix.rstrip("/"),
         rules=Rules(tuple(arguments.allow), (BUILD_DIRECTORY, *arguments.build_path)),
     )
+    if arguments.elsewhere:
+        findings += run_elsewhere(arguments.image, arguments.prefix and arguments.prefix.rstrip("/"))
     if arguments.json:
         show_json([finding._asdict() for finding in findings])
     else:

@@ -1,11 +1,9 @@
-"""``uenvd-publish deploy``: release an image whose tests have passed."""
+"""Releasing an image whose tests have passed: the gate, the copy, the tags, the index; and which image options mean."""
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 
 from uenvd.errors import DeployRefused, NotFound, UnknownLabel, UsageError
@@ -16,18 +14,10 @@ from uenvd.oci.manifest import squashfs_layer
 from uenvd.oci.reference import is_digest, split_repository
 from uenvd.oci.remote import Progress, Remote, no_progress
 from uenvd.publish.comparison import performance_of
-from uenvd.publish.console import reporter, say, show, show_json
+from uenvd.publish.console import say
 from uenvd.publish.gate import check_tested
 from uenvd.publish.history import note_release
-from uenvd.publish.options import (
-    BUILD,
-    DEPLOY,
-    add_registry_options,
-    add_site_options,
-    open_registry,
-    parse_site_label,
-    system_of,
-)
+from uenvd.publish.options import DEPLOY, parse_site_label, system_of
 from uenvd.publish.push import MOVING_TAGS, Target, check_kept, check_tag, target_of
 from uenvd.publish.releases import list_repositories, note_json, refresh_repository
 
@@ -60,10 +50,12 @@ def deploy_image(
     progress: Progress = no_progress,
     say: Callable[[str], None] = say,
     action: str = "deploy",
+    compare: bool = True,
 ) -> Deployed:
     """Release the image at ``source``: gate, copy with all attachments, immutable tag, ``latest``, index; in this order.
 
-    ``action`` is noted (`uenvd.publish.history`), with what ``latest`` was before.
+    ``action`` is noted (`uenvd.publish.history`), with what ``latest`` was before. ``compare``: `Deployed.notes` compare the performance
+    with that.
 
     May be repeated after a failure: what was done is not done again. Raises `DeployRefused` for an image that may not pass or a tag that is
     another image's, `UnknownLabel`, and the remote's errors.
@@ -105,7 +97,7 @@ def deploy_image(
         check_kept(remote, target, tag, digest)
     except UsageError as error:
         raise DeployRefused(error.message, hint=error.hint) from error
-    compared = performance_of(remote, source.repository, digest, namespace=namespace)
+    compared = performance_of(remote, source.repository, digest, namespace=namespace) if compare else None
     before = _resolve(remote, target, LATEST)
     if move_latest and before != digest:
         note_release(remote, target, digest, action=action, tag=tag, previous=before)
@@ -119,7 +111,7 @@ def deploy_image(
         gate.remark,
         len(copied.attachments),
         before if move_latest and before != digest else None,
-        (*gate.notes, *(compared.lines() if compared is not None and action == "deploy" else ())),
+        (*gate.notes, *(compared.lines() if compared is not None else ())),
     )
 
 
@@ -142,8 +134,8 @@ def find_digest(remote: Remote, namespace: str, system: str, digest: str) -> Tar
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
+def add_image(parser: argparse.ArgumentParser) -> None:
+    """Add which image is released, and as what."""
     parser.add_argument(
         "label",
         metavar="LABEL|DIGEST",
@@ -152,49 +144,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tag", required=True, metavar="TAG", help="the tag to release it under, such as v1; it never moves"
     )
-    parser.add_argument(
-        "--waive-tests",
-        metavar="REASON",
-        help="deploy although no test was run, and record who answers for it and why; failed tests cannot be waived",
-    )
-    parser.add_argument("--no-latest", action="store_true", help="do not move latest")
-    parser.add_argument(
-        "--from", dest="source", default=BUILD, metavar="NS", help=f"namespace it comes from; default {BUILD}"
-    )
-    parser.add_argument("--to", default=DEPLOY, metavar="NS", help=f"namespace it goes to; default {DEPLOY}")
-    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
-    add_site_options(parser)
-    add_registry_options(parser)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Deploy; the digest goes to stdout."""
-    if arguments.waive_tests is not None and not arguments.waive_tests.strip():
-        raise UsageError("--waive-tests needs a reason", hint="say who answers for it and why")
-    with closing(open_registry(arguments)) as remote:
-        started = time.monotonic()
-        done = deploy_image(
-            remote,
-            _source(arguments, remote),
-            arguments.tag,
-            namespace=arguments.to,
-            waiver=arguments.waive_tests,
-            move_latest=not arguments.no_latest,
-            progress=reporter("copying"),
-        )
-    for note in done.notes:
-        say(f"note: {note}")
-    say(f"{done.verdict}: {done.remark}")
-    say(
-        f"deployed {done.repository}:{done.tag} with {done.attachments} attachments ({time.monotonic() - started:.1f} s)"
-    )
-    if done.replaced is not None:
-        say(f"latest was {done.replaced}; back to it: uenvd-publish rollback")
-    if arguments.json:
-        show_json({key: value for key, value in vars(done).items() if key != "notes"})
-    else:
-        show(done.digest)
-    return 0
 
 
 def source_of(arguments: argparse.Namespace, remote: Remote) -> tuple[Target, str]:

@@ -29,6 +29,8 @@ class Command(NamedTuple):
     module: str
     summary: str
     example: str
+    runs_program: bool = False
+    """Behind ``--`` comes a program with its arguments, whatever they look like: ``arguments.program``."""
 
 
 COMMANDS: Final[dict[str, Command]] = {
@@ -54,7 +56,7 @@ COMMANDS: Final[dict[str, Command]] = {
     ),
     "lock": Command(
         "uenvd.publish.lock",
-        "pin the Debian packages of a recipe to what apt offers now",
+        "pin the Debian packages and source files of a recipe to what they are now",
         "uenvd-publish lock recipes/python-sci/2026.11",
     ),
     "build": Command(
@@ -86,6 +88,7 @@ COMMANDS: Final[dict[str, Command]] = {
         "uenvd.publish.trace",
         "record what a program reads of an image, and attach it, so that later jobs on empty caches start sooner",
         "uenvd-publish trace app/1.0:v1@daint%gh200 -- python -c 'import numpy'",
+        runs_program=True,
     ),
     "discover": Command(
         "uenvd.publish.discover",
@@ -108,7 +111,7 @@ COMMANDS: Final[dict[str, Command]] = {
         "uenvd-publish run recipes/app/1.0 --system daint --uarch gh200 --deploy v1",
     ),
     "deploy": Command(
-        "uenvd.publish.deploy",
+        "uenvd.publish.deploy_command",
         "release an image whose tests have passed",
         "uenvd-publish deploy app/1.0:4711@daint%gh200 --tag v1",
     ),
@@ -188,8 +191,9 @@ COMMANDS: Final[dict[str, Command]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status."""
     try:
-        words = list(sys.argv[1:] if argv is None else argv)
+        words, program = _split(list(sys.argv[1:] if argv is None else argv))
         arguments = _parser(words).parse_args(words)
+        arguments.program = program
         forbid_core_dumps(private=False)
         status: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -232,11 +236,24 @@ def _import(name: str) -> ModuleType:
         ) from error
 
 
+def _asked(words: Sequence[str]) -> str | None:
+    return next((word for word in words if not word.startswith("-")), None)
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words for us, and those of the program to run. (argparse would look for our options among them.)"""
+    command = COMMANDS.get(_asked(words) or "")
+    if command is None or not command.runs_program or "--" not in words:
+        return words, []
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
+
+
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(prog=PROGRAM, description="Build, test and publish uenv images.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    asked = next((word for word in words if not word.startswith("-")), None)
+    asked = _asked(words)
     for name, command in COMMANDS.items():
         one = commands.add_parser(
             name,

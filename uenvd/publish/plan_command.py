@@ -16,7 +16,7 @@ from uenvd.publish.plan.github import github_workflow
 from uenvd.publish.plan.gitlab import gitlab_pipeline
 from uenvd.publish.plan.jobs import EXECUTORS, JobOptions
 from uenvd.publish.plan.show import cell_as_json, problem_as_json, require_none, say_problems
-from uenvd.publish.push import MOVING_TAGS, check_tag
+from uenvd.publish.release import check_release_tag
 
 WRITERS = {"gitlab": gitlab_pipeline, "github": github_workflow}
 
@@ -67,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--deploy", metavar="TAG", help="with jobs that release under this tag")
     group.add_argument(
+        "--policy",
+        metavar="FILE",
+        help="what these demand of an image, a file of the repository (uenvd-publish promote)",
+    )
+    group.add_argument(
         "--executor", choices=EXECUTORS, help="where jobs run their stage; default: as the configuration says"
     )
     group.add_argument(
@@ -107,9 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.write is not None and arguments.write[0] not in WRITERS:
         raise UsageError(f"{arguments.write[0]!r} is no CI system", hint=f"there are: {', '.join(WRITERS)}")
     if arguments.deploy is not None:
-        check_tag(arguments.deploy)
-        if arguments.deploy in MOVING_TAGS:
-            raise UsageError(f"{arguments.deploy!r} is a tag that moves", hint="say --deploy v1")
+        check_release_tag(arguments.deploy, "--deploy")
     plan, changes = select(arguments, load_plan(arguments.config, recipes=arguments.recipes))
     say_problems([problem for problem in plan.problems if problem.severity == "error"])
     if arguments.write is not None:
@@ -163,6 +166,7 @@ def _write(arguments: argparse.Namespace, plan: Plan) -> None:
         config=os.path.relpath(arguments.config),
         recipes=None if arguments.recipes is None else os.path.relpath(arguments.recipes),
         deploy=arguments.deploy,
+        policy=None if arguments.policy is None else os.path.relpath(arguments.policy),
         executor=arguments.executor,
         before=tuple(arguments.before),
         image=arguments.image,

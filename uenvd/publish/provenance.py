@@ -40,6 +40,7 @@ _DEB = re.compile(r"^([a-z0-9][a-z0-9+.-]+)=(\S+)\s+([a-z0-9]+)\s+sha256:([0-9a-
 _WHEEL = re.compile(
     r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([^\s;\\]+)((?:[\s\\]+--hash=sha256:[0-9a-f]{64})+)", re.MULTILINE
 )
+_SOURCE = re.compile(r"^([A-Za-z0-9][^\s=]*)[ \t]+sha256:([0-9a-f]{64})[ \t]+(\S+)", re.MULTILINE)
 _HASH = re.compile(r"sha256:([0-9a-f]{64})")
 _RECIPE: Final = b"meta/recipe"
 
@@ -51,6 +52,25 @@ class Input:
     uri: str
     sha256: str
     """64 hexadecimal digits."""
+
+
+CI_VARIABLES: Final = (
+    *("GITLAB_CI", "CI_PROJECT_PATH", "CI_COMMIT_REF_NAME", "CI_COMMIT_SHA", "CI_PROJECT_URL", "CI_JOB_URL"),
+    *(
+        "GITHUB_ACTIONS",
+        "GITHUB_REPOSITORY",
+        "GITHUB_REF",
+        "GITHUB_SHA",
+        "GITHUB_RUN_ID",
+        "GITHUB_SERVER_URL",
+    ),
+)
+"""What tells which CI job this is: no secrets. A stage that runs elsewhere needs them for the provenance and the policy."""
+
+
+def ci_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return those of `CI_VARIABLES` that are set."""
+    return {name: environ[name] for name in CI_VARIABLES if name in environ}
 
 
 def ci_identity(environ: Mapping[str, str]) -> str | None:
@@ -73,7 +93,7 @@ def invocation(environ: Mapping[str, str]) -> str | None:
 
 
 def locked_inputs(lock: str) -> list[Input]:
-    """Return the inputs that the text of a lock file pins: Debian packages and wheels (docs/recipes.md). Others pin nothing."""
+    """Return the inputs that the text of a lock file pins: Debian packages, wheels and source files (docs/recipes.md). Others pin nothing."""
     found = [
         Input(f"pkg:deb/debian/{name}@{version}?arch={arch}", sha256)
         for name, version, arch, sha256 in _DEB.findall(lock)
@@ -81,6 +101,11 @@ def locked_inputs(lock: str) -> list[Input]:
     for name, version, hashes in _WHEEL.findall(lock):
         # Several: any of these files, for different machines, could have been taken.
         found += [Input(f"pkg:pypi/{name.lower()}@{version}", sha256) for sha256 in _HASH.findall(hashes)]
+    for file, sha256, place in _SOURCE.findall(lock):
+        name, equals, version = place.removeprefix("debian:").partition("=")
+        debian = place.startswith("debian:") and equals
+        uri = f"pkg:deb/debian/{name}@{version}?arch=source#{file}" if debian else place
+        found.append(Input(uri, sha256))
     return found
 
 

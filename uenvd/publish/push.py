@@ -204,10 +204,15 @@ def push_image(
     for tag in tags:
         remote.push_manifest(target.repository, tag, image.raw)
         check_kept(remote, target.repository, tag, image.digest)
-    if image.layer.size_bytes >= LEAST_BYTES:
-        blocks = [Content("blocks", read_blocks(path).encode())]
-        attach(remote, target.repository, image.digest, BLOCKS_TYPE, blocks, created=FIXED_DATE)
+    attach_blocks(remote, target.repository, image)
     return Pushed(image.digest, image.notes)
+
+
+def attach_blocks(remote: Remote, repository: str, image: Prepared) -> None:
+    """Attach the list of an image's blocks, by which nodes fetch only what an update changed; not to small ones, where that saves nothing."""
+    if image.layer.size_bytes >= LEAST_BYTES:
+        blocks = [Content("blocks", read_blocks(image.path).encode())]
+        attach(remote, repository, image.digest, BLOCKS_TYPE, blocks, created=FIXED_DATE)
 
 
 def move_tag(remote: Remote, target: Target, tag: str, *, force: bool = False) -> str:

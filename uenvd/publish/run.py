@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Final
 
 from uenvd.errors import UsageError
-from uenvd.oci.attach import META_TYPE, attach, directory_content
 from uenvd.oci.reference import repository_of
 from uenvd.oci.remote import Remote
 from uenvd.publish.build import Built, build
+from uenvd.publish.built import publish_built
 from uenvd.publish.console import reporter, say, show, show_json
-from uenvd.publish.deploy import Deployed, deploy_image
+from uenvd.publish.deploy import Deployed
 from uenvd.publish.options import (
     BUILD,
     add_registry_options,
@@ -32,19 +32,18 @@ from uenvd.publish.options import (
     need_uarch,
     open_registry,
 )
-from uenvd.publish.pipeline.command import run_plan, run_stage
+from uenvd.publish.pipeline.command import run_order, run_plan, run_stage
 from uenvd.publish.pipeline.executors.local import DEFAULT_MEMORY_BYTES
 from uenvd.publish.plan import DEFAULT_SITE, STAGES, load_plan
 from uenvd.publish.plan.jobs import EXECUTORS
 from uenvd.publish.plan_command import add_plan_options, select
-from uenvd.publish.provenance import attach_evidence
-from uenvd.publish.push import MOVING_TAGS, Target, check_tag, push_image
+from uenvd.publish.push import Target, check_tag
 from uenvd.publish.recipe import Recipe, load_recipe
+from uenvd.publish.release import add_release_options, check_waiver, release
 from uenvd.publish.status import add_forge_options
 from uenvd.publish.test import add_test_options, clean, duration, make_workdir, summary, tell, wishes_of
 from uenvd.publish.testing import Tested, examine, require_pass
 
-META_TITLE: Final = "meta"
 RECIPE_FILES: Final = ("config.yaml", "environments.yaml")
 _SHORT_DIGITS: Final = 16
 
@@ -64,7 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"tag in the namespace {BUILD}, never overwritten; default $CI_PIPELINE_ID, else one made of the image's digest",
     )
     parser.add_argument("--deploy", metavar="TAG", help="release the image under this tag if its tests pass")
-    parser.add_argument("--no-latest", action="store_true", help="do not move latest when it is released")
     parser.add_argument(
         "--out",
         type=Path,
@@ -77,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_plan_options(parser)
     _add_pipeline_options(parser)
+    add_release_options(parser, moving=False)
     add_test_options(parser)
     add_site_options(parser)
     add_registry_options(parser)
@@ -205,14 +204,10 @@ def _run_recipe(arguments: argparse.Namespace, directory: Path) -> int:
     system, uarch = need_system(arguments), need_uarch(arguments)
     repository = repository_of(BUILD, system, uarch, recipe.name, recipe.version)
     pipeline = arguments.pipeline or os.environ.get("CI_PIPELINE_ID")
-    for tag in (pipeline, arguments.deploy):
-        if tag is not None:
-            check_tag(tag)
-    if arguments.deploy in MOVING_TAGS:
-        raise UsageError(
-            f"{arguments.deploy!r} is a tag that moves: a release needs one that stays",
-            hint="say --deploy v1",
-        )
+    if pipeline is not None:
+        check_tag(pipeline)
+    check_waiver(arguments.waive_tests)
+    order = run_order(arguments)
     steps = Steps(say)
     tested: Tested
     deployed: Deployed | None = None
@@ -227,28 +222,23 @@ def _run_recipe(arguments: argparse.Namespace, directory: Path) -> int:
             built = _build(recipe, out, arguments.cache)
             say(f"   {built.image.name}: {built.image.stat().st_size / 1e6:.1f} MB, {built.digest}")
         tag = pipeline or f"local-{built.digest.removeprefix('sha256:')[:_SHORT_DIGITS]}"
-        with steps.step("push", f"Push it to {remote.address}, {repository}:{tag}"):
+        with steps.step(
+            "push", f"Push it to {remote.address}, {repository}:{tag}, with what is known of the build"
+        ):
             digest = _push(remote, built, Target(repository, tag))
-        with steps.step("attach", f"Attach what is known of the build to {digest}"):
-            attach(remote, repository, digest, META_TYPE, [directory_content(built.meta_dir, META_TITLE)])
-            attach_evidence(
-                remote, repository, digest, image=built.image, meta_dir=built.meta_dir, log=built.log
-            )
         with steps.step("test", "Pull it back by this digest and test it"):
             tested = _test(arguments, remote, Target(repository, digest))
         require_pass(tested)
-        if arguments.deploy is not None:
-            with steps.step("deploy", f"Release it as :{arguments.deploy}"):
-                deployed = deploy_image(
+        if order is not None:
+            with steps.step("deploy", f"Release it as :{order.tag}"):
+                deployed = release(
                     remote,
                     Target(repository, digest),
-                    arguments.deploy,
-                    waiver=arguments.waive_tests,
-                    move_latest=not arguments.no_latest,
+                    order,
+                    action="deploy",
                     progress=reporter("copying"),
-                )
-                for note in deployed.notes:
-                    say(f"   note: {note}")
+                    say=lambda text: say(f"   {text}"),
+                ).deployed
     if arguments.json:
         show_json(_account(built, repository, tag, tested, deployed, steps))
     else:
@@ -264,12 +254,17 @@ def _build(recipe: Recipe, out: Path, cache: Path | None) -> Built:
 
 
 def _push(remote: Remote, built: Built, target: Target) -> str:
-    pushed = push_image(
-        remote, built.image, target, hashing=reporter("hashing"), progress=reporter("pushing")
+    done = publish_built(
+        remote,
+        target.repository,
+        built,
+        [target.reference],
+        hashing=reporter("hashing"),
+        pushing=reporter("pushing"),
     )
-    for note in pushed.notes:
+    for note in done.notes:
         say(f"   note: {note}")
-    return pushed.digest
+    return done.digest
 
 
 def _test(arguments: argparse.Namespace, remote: Remote, target: Target) -> Tested:

@@ -1,8 +1,8 @@
 """What is in an image, as a bill of materials: CycloneDX 1.6, JSON (ECMA-424), by the OWASP library.
 
 Found in the squashfs file itself, which is neither mounted nor unpacked: distributions of Python (``*.dist-info/METADATA``), packages of Spack
-(``.spack/spec.json``), of conda (``conda-meta/*.json``), and what the recipe in ``meta/recipe`` pins (Debian packages). One image always
-gives the same bytes.
+(``.spack/spec.json``), of conda (``conda-meta/*.json``), and what the recipe in ``meta/recipe`` pins (Debian packages, source files). One
+image always gives the same bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ _NAMESPACE: Final = uuid.UUID("b7f0a5c2-7d0e-5e0c-9c0a-3f5b8a5f6f51")
 _DIST_INFO = re.compile(r"(?:^|/)[^/]+\.dist-info/METADATA$")
 _SPACK = re.compile(r"(?:^|/)\.spack/spec\.json$")
 _CONDA = re.compile(r"(?:^|/)conda-meta/[^/]+\.json$")
-_LOCK = re.compile(r"^meta/recipe/[^/]+\.lock$")
+_LOCK = re.compile(r"^meta/recipe/(?!toolchain\.lock$)[^/]+\.lock$")
+"""Not the tool chain's: it compiles what is in the image, and is not in it."""
+_SOURCE = re.compile(
+    r"(?P<file>[A-Za-z0-9][^\s=]*)\s+sha256:(?P<sha256>[0-9a-f]{64})\s+(?P<place>\S+)(\s+\S+)*"
+)
+_DEBIAN_SOURCE = re.compile(r"debian:(?P<name>[^=\s]+)=(?P<version>\S+)")
 _DEB = re.compile(
     r"(?P<name>[a-z0-9][a-z0-9+.-]+)=(?P<version>\S+)\s+(?P<arch>[a-z0-9]+)\s+sha256:(?P<sha256>[0-9a-f]{64})"
 )
@@ -121,6 +126,16 @@ def _debian(text: str) -> Iterator[Component]:
             yield Component(
                 "deb", match["name"], match["version"], (("arch", match["arch"]),), sha256=match["sha256"]
             )
+        match = _SOURCE.fullmatch(line.strip())
+        if match is not None:
+            debian = _DEBIAN_SOURCE.fullmatch(match["place"])
+            if debian is not None:
+                yield Component(
+                    "deb", debian["name"], debian["version"], (("arch", "source"),), sha256=match["sha256"]
+                )
+            else:
+                where = (("download_url", match["place"]),)
+                yield Component("generic", match["file"], "", where, sha256=match["sha256"])
 
 
 _READERS: Final = ((_DIST_INFO, _python), (_SPACK, _spack), (_CONDA, _conda), (_LOCK, _debian))
@@ -158,7 +173,7 @@ def document(
     )
     for one in found:
         namespace = "debian" if one.kind == "deb" else None
-        url = PackageURL(one.kind, namespace, one.name, one.version, dict(one.qualifiers))
+        url = PackageURL(one.kind, namespace, one.name, one.version or None, dict(one.qualifiers))
         bom.components.add(
             Part(
                 type=ComponentType.LIBRARY,

@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from uenvd.errors import UsageError
+from uenvd.oci.index import LATEST
 from uenvd.oci.signatures import KEY_SUFFIX, make_keys, read_keys, read_private_key, sign, verify
 from uenvd.publish.console import say, show
 from uenvd.publish.options import add_registry_options, add_site_options, open_registry
@@ -24,6 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     if parser.prog.endswith(" sign"):
         parser.add_argument(
             "--key", required=True, type=Path, metavar="FILE", help="private key, of mode 0600"
+        )
+        parser.add_argument(
+            "--tag",
+            action="append",
+            default=[],
+            metavar="TAG",
+            help="the signature holds under this tag only, beside latest and the digest; may be repeated; default: under every tag",
         )
     else:
         parser.add_argument(
@@ -50,8 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
         key = read_private_key(arguments.key)
         with closing(open_registry(arguments)) as remote:
             source = find_image(arguments, remote)
-            attached = sign(remote, source.repository, source.digest, key)
-        say(f"signed {source.repository}@{source.digest}")
+            attached = sign(remote, source.repository, source.digest, key, arguments.tag)
+        under = f" for the tag {', '.join(arguments.tag)}" if arguments.tag else ""
+        say(f"signed {source.repository}@{source.digest}{under}")
         show(attached)
         return 0
     keys = read_keys(arguments.keys)
@@ -59,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"there is no key (*{KEY_SUFFIX}) in {arguments.keys}")
     with closing(open_registry(arguments)) as remote:
         source = find_image(arguments, remote)
-        good = verify(remote, source.repository, source.digest, keys)
+        tag = None if source.tag == LATEST else source.tag
+        good = verify(remote, source.repository, source.digest, keys, tag)
     say(f"{source.repository}@{source.digest} is signed by {good.name}")
     show(good.name)
     return 0

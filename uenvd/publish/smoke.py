@@ -191,7 +191,8 @@ elf() {{
     [ "$(head -c 4 "$1" 2>/dev/null | od -An -c | tr -d ' ')" = '177ELF' ]
 }}
 resolve() {{
-    LC_ALL=C beside=$beside in_view ldd "$1" >smoke.ldd 2>&1 </dev/null
+    # ldd takes $ORIGIN from the name that it is given; the kernel from what a link leads to.
+    LC_ALL=C beside=$beside in_view ldd "$(readlink -f "$1")" >smoke.ldd 2>&1 </dev/null
     while IFS= read -r line; do
         case "$line" in
             *'not found'*)

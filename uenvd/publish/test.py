@@ -24,6 +24,7 @@ from uenvd.publish.options import (
 )
 from uenvd.publish.push import Target, target_of
 from uenvd.publish.reframe.environments import TestEnvironment, parse_environments
+from uenvd.publish.release import check_waiver
 from uenvd.publish.smoke import SmokeTests, parse_smoke
 from uenvd.publish.testing import Tested, Wishes, examine, require_pass
 
@@ -121,8 +122,7 @@ def duration(text: str) -> float:
 
 def wishes_of(arguments: argparse.Namespace, workdir: Path, recipe: Path | None) -> Wishes:
     """Return what the options say. Raises `ConfigError`, `UsageError`."""
-    if arguments.waive_tests is not None and not arguments.waive_tests.strip():
-        raise UsageError("--waive-tests needs a reason", hint="say who answers for it and why")
+    check_waiver(arguments.waive_tests)
     environments: tuple[TestEnvironment, ...] | None = None
     own_tests: Path | None = None
     smoke: SmokeTests | None = None

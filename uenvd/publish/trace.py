@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -25,7 +26,8 @@ _WAIT_S: Final = 120.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
+    """Add the options. What is run in the image comes behind ``--``."""
+    parser.usage = "%(prog)s LABEL [OPTIONS] (-- PROGRAM [ARGUMENTS] | --from FILE)"
     add_label(parser)
     parser.add_argument(
         "--from", dest="file", type=Path, metavar="FILE", help="attach this trace instead of recording one"
@@ -38,15 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help=f"of the uenvd that records; default {_SOCKET}. The image must not be in its cache",
     )
-    parser.add_argument("command", nargs="*", metavar="COMMAND", help="what is run in the image, after --")
     add_site_options(parser)
     add_registry_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Record or read, attach; the digest of the attachment goes to stdout."""
-    if (arguments.file is None) == (not arguments.command):
-        raise UsageError("give either --from FILE or a command to run, after --")
+    if (arguments.file is None) == (not arguments.program):
+        raise UsageError("give either --from FILE or a program to run, after --")
     with closing(open_registry(arguments)) as remote:
         target = find_image(arguments, remote)
         size_bytes = squashfs_layer(remote.manifest(target.repository, target.digest)).size_bytes
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             label = target.repository.split("/")
             name = f"{label[0]}::{label[3]}/{label[4]}@{target.digest}"
-            data = encode_trace(record(arguments.socket, name, target.digest, arguments.command))
+            data = encode_trace(record(arguments.socket, name, target.digest, arguments.program))
         ranges = parse_trace(data, size_bytes)
         if not ranges:
             raise ManifestError("the trace names nothing of the image")
@@ -79,18 +80,21 @@ def _read(path: Path) -> bytes:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def record(path: Path, uenv: str, digest: str, command: list[str]) -> list[tuple[int, int]]:
-    """Run a command in an image that the uenvd at ``path`` does not have; return the bytes that were read, in order.
+def record(path: Path, uenv: str, digest: str, program: list[str]) -> list[tuple[int, int]]:
+    """Run a program in an image that the uenvd at ``path`` does not have; return the bytes that were read, in order.
 
-    Raises `DaemonUnreachable`, `TestsFailed` when the command fails, `UsageError` when the image was in the cache, and uenvd's errors.
+    Raises `DaemonUnreachable`, `TestsFailed` when the program fails, `UsageError` when the image was in the cache, and uenvd's errors.
     """
     with closing(_Connection(path)) as uenvd:
         lease = uenvd.ask("mount", uenv=uenv)["lease"]
         uenvd.ask("wait", lease=lease)
-        words = [sys.executable, "-m", "uenvd.ctl.main", "run", uenv, "--", *command]
+        words = [sys.executable, "-m", "uenvd.ctl.main", "run", uenv, "--", *program]
         status = subprocess.run(words, check=False, env={**os.environ, "UENVD_SOCKET": str(path)}).returncode
         if status != 0:
-            raise TestsFailed(f"the command ended with status {status}; nothing is attached")
+            raise TestsFailed(
+                f"the program ended with status {status}; nothing is attached",
+                hint=f"see what it needs: uenvctl run {uenv} -- {shlex.join(program)}",
+            )
         traces = [one for one in uenvd.ask("trace", lease=lease)["traces"] if one["digest"] == digest]
     if not traces:
         raise UsageError(

@@ -4,10 +4,12 @@ from uenvd.squashfs.base import InodeRef, ReadAt
 from uenvd.squashfs.data import Block, Span
 from uenvd.squashfs.directory import DirEntry
 from uenvd.squashfs.image import Image
-from uenvd.squashfs.inode import Facts, Inode, Kind
+from uenvd.squashfs.inode import BASIC_INODE, KINDS, Facts, Inode, Kind
 from uenvd.squashfs.superblock import Compressor, Superblock
 
 __all__ = [
+    "BASIC_INODE",
+    "KINDS",
     "Block",
     "Compressor",
     "DirEntry",

@@ -94,6 +94,13 @@ class Directories:
         for i in range(len(segments.names)):
             yield from self._segment(directory, segments, i).values()
 
+    def whole(self, directory: Inode) -> _Entries | None:
+        """Return the entries by name when the listing is one segment, else None. Raises `FormatError`."""
+        segments = self._segments(directory)
+        if len(segments.names) > 1:
+            return None
+        return self._segment(directory, segments, 0) if segments.names else {}
+
     def lookup(self, directory: Inode, name: bytes) -> DirEntry | None:
         """Return the entry of this name; decodes at most one segment. Raises `FormatError`."""
         segments = self._segments(directory)

@@ -37,6 +37,7 @@ from uenvd.squashfs.superblock import SUPERBLOCK_BYTES, Superblock
 from uenvd.squashfs.tables import BlockArray, exported, fragment, load_ids
 from uenvd.squashfs.xattr import XattrTable
 
+_new_span = functools.partial(tuple.__new__, Span)
 _CACHED_INODES = 8192
 _CACHED_FRAGMENTS = 256
 _SHORT_LIST = 64
@@ -80,20 +81,14 @@ class Image:
         if found is None:
             if not 0 <= ref < (self._inode_region.end - self._inode_region.start) << 16:
                 raise damaged(f"inode {ref:#x} lies outside of the inode table")
-            found = parse(Cursor(self._store, self._inode_region, ref >> 16, ref & 0xFFFF), ref, self._ids)
+            found = parse(Cursor(self._store, self._inode_region, ref >> 16, ref & 0xFFFF), ref, self.ids)
             self._inodes.put(ref, found)
         return found
 
     def facts(self, ref: InodeRef) -> Facts:
         """Return what stat(2) tells of an inode: the same as `inode` for a fraction of its time. Raises `FormatError`."""
-        where, data = self._recent
-        if ref >> 16 != where:
-            where = ref >> 16
-            if not 0 <= where < self._inode_region.end - self._inode_region.start:
-                raise damaged(f"inode {ref:#x} lies outside of the inode table")
-            data, _next = self._store.block(self._inode_region, self._inode_region.start + where)
-            self._recent = where, data
-        return basic_facts(data, ref & 0xFFFF, self._ids) or facts_of(self.inode(ref))
+        data = self.inode_block(ref)
+        return basic_facts(data, ref & 0xFFFF, self.ids) or facts_of(self.inode(ref))
 
     def entry_facts(self, entry: DirEntry) -> Facts:
         """Return `facts` of an entry. Raises `FormatError` as `child` does."""
@@ -101,6 +96,21 @@ class Image:
         if facts[0] is not entry.kind or facts[1] != entry.inode_number:
             self.child(entry)
         return facts
+
+    def inode_block(self, ref: InodeRef) -> bytes:
+        """Return the decoded metadata block in which an inode begins. Raises `FormatError`."""
+        where, data = self._recent
+        if ref >> 16 != where:
+            where = ref >> 16
+            if not 0 <= where < self._inode_region.end - self._inode_region.start:
+                raise damaged(f"inode {ref:#x} lies outside of the inode table")
+            data, _next = self._store.block(self._inode_region, self._inode_region.start + where)
+            self._recent = where, data
+        return data
+
+    def names(self, directory: Inode) -> dict[bytes, DirEntry] | None:
+        """Return all entries by their names, not to be changed; None for a listing that has an index. Raises `FormatError`."""
+        return self._directories.whole(directory)
 
     def find_entry(self, directory: Inode, name: bytes) -> DirEntry | None:
         """Return the entry with this name, or None; reads one run of blocks, not the whole directory (`directory` has the rules).
@@ -205,12 +215,9 @@ class Image:
 
         None for any other inode, and wherever `spans` would raise. ``offset_bytes`` and ``size_bytes`` are not negative.
         """
-        where, data = self._recent
-        if ref >> 16 != where:
-            self.facts(ref)
-            where, data = self._recent
+        data = self.inode_block(ref)
         at = ref & 0xFFFF
-        if ref >> 16 != where or at + BASIC_FILE_BYTES > len(data):
+        if at + BASIC_FILE_BYTES > len(data):
             return None
         found = basic_file(data, at)
         if found is None:
@@ -220,6 +227,11 @@ class Image:
         if offset_bytes >= end:
             return []
         size = self.superblock.block_size_bytes
+        if file_bytes < size and fragment_index != NO_FRAGMENT:
+            if fragment_offset + file_bytes > size:
+                return None
+            tail = self._fragments.get(fragment_index) or self._fragment(fragment_index)
+            return [_new_span((tail, fragment_offset + offset_bytes, fragment_offset + end))]
         first, last = offset_bytes // size, (end - 1) // size
         listed = file_bytes // size if fragment_index != NO_FRAGMENT else -(-file_bytes // size)
         if listed > _SHORT_LIST or at + BASIC_FILE_BYTES + 4 * listed > len(data):
@@ -257,12 +269,12 @@ class Image:
         Writers put inodes in the order in which they find files, and the data in the same order. Ends early at the end of the metadata
         block, and at whatever is no simple inode. Raises `FormatError`.
         """
-        self.facts(ref)
-        where, data = self._recent
+        data = self.inode_block(ref)
+        where = ref >> 16
         at = ref & 0xFFFF
         size = self.superblock.block_size_bytes
         found: list[InodeRef] = []
-        while where == ref >> 16 and len(found) < count and at + BASIC_FILE_BYTES <= len(data):
+        while len(found) < count and at + BASIC_FILE_BYTES <= len(data):
             step = inode_bytes(data, at, size)
             at += step
             if step == 0 or at + BASIC_FILE_BYTES > len(data):
@@ -383,7 +395,8 @@ class Image:
         )
 
     @functools.cached_property
-    def _ids(self) -> tuple[int, ...]:
+    def ids(self) -> tuple[int, ...]:
+        """User and group ids by their indices. Raises `FormatError`."""
         return load_ids(self._id_table, self._store, self.superblock.id_count)
 
     @functools.cached_property

@@ -105,11 +105,11 @@ def _device(encoded: int) -> int:
 Facts = tuple[Kind, int, int, int, int, int, int, int, int]
 """Kind, inode number, mode, nlink, uid, gid, rdev, size in bytes, mtime in s: as in `Inode`."""
 
-_BASIC = struct.Struct("<HHHHIIIIII")
+BASIC_INODE = struct.Struct("<HHHHIIIIII")
 """The header, and as many bytes as the basic file and the basic directory have; a basic symbolic link has fewer, and something follows it."""
 
 
-BASIC_FILE_BYTES = _BASIC.size
+BASIC_FILE_BYTES = BASIC_INODE.size
 
 
 def basic_facts(block: bytes, offset: int, ids: Sequence[int]) -> Facts | None:
@@ -117,9 +117,9 @@ def basic_facts(block: bytes, offset: int, ids: Sequence[int]) -> Facts | None:
 
     None for every other inode, and for one that `parse` would refuse.
     """
-    if offset + _BASIC.size > len(block):
+    if offset + BASIC_INODE.size > len(block):
         return None
-    number_type, mode, uid, gid, mtime_s, inode_number, a, b, c, d = _BASIC.unpack_from(block, offset)
+    number_type, mode, uid, gid, mtime_s, inode_number, a, b, c, d = BASIC_INODE.unpack_from(block, offset)
     count = len(ids)
     if inode_number == 0 or uid >= count or gid >= count:
         return None
@@ -137,7 +137,7 @@ def basic_file(block: bytes, offset: int) -> tuple[int, int, int, int] | None:
 
     The inode's `BASIC_FILE_BYTES` lie in ``block``; the sizes of its blocks follow. Owner and number are not looked at.
     """
-    number_type, _mode, _uid, _gid, _mtime_s, _number, pos, fragment, start, size = _BASIC.unpack_from(
+    number_type, _mode, _uid, _gid, _mtime_s, _number, pos, fragment, start, size = BASIC_INODE.unpack_from(
         block, offset
     )
     return (pos, fragment, start, size) if number_type == 2 else None
@@ -145,7 +145,7 @@ def basic_file(block: bytes, offset: int) -> tuple[int, int, int, int] | None:
 
 def inode_bytes(block: bytes, offset: int, block_size_bytes: int) -> int:
     """Return how long a basic file, directory or link at ``offset`` is; 0 for every other inode. `BASIC_FILE_BYTES` lie in ``block``."""
-    number_type, _mode, _uid, _gid, _mtime_s, _number, _pos, b, _start, size = _BASIC.unpack_from(
+    number_type, _mode, _uid, _gid, _mtime_s, _number, _pos, b, _start, size = BASIC_INODE.unpack_from(
         block, offset
     )
     if number_type == 2:

@@ -3,12 +3,17 @@ from uenvd.cache.pace import HOLD_S, Pace
 STEP_S = 0.01
 
 
-def drive(pace: Pace, seconds: float, rate_of: dict[int, float], start_s: float = 0.0) -> tuple[float, int]:
-    """Receive for a while at the rate that so many connections have; return (the time now, how often it went back to one)."""
+def drive(
+    pace: Pace, seconds: float, rate_of: dict[int, float], start_s: float = 0.0, *, waiting: float = 0.9
+) -> tuple[float, int]:
+    """Receive for a while at the rate that so many connections have; return (the time now, how often it went back to one).
+
+    ``waiting``: which part of the time goes by until bytes are there.
+    """
     now, backs = start_s, 0
     while now < start_s + seconds:
         now += STEP_S
-        backs += pace.gained(int(rate_of[pace.allowed] * STEP_S), now)
+        backs += pace.gained(int(rate_of[pace.allowed] * STEP_S), now, waiting * STEP_S)
     return now, backs
 
 
@@ -17,6 +22,20 @@ def test_connections_that_are_limited_each_are_all_used() -> None:
     assert pace.allowed == 1
     _, backs = drive(pace, 1.0, {1: 200e6, 4: 800e6})
     assert pace.allowed == 4 and backs == 0
+
+
+def test_the_full_width_is_reached_soon() -> None:
+    pace = Pace(4)
+    drive(pace, 0.1, {1: 200e6, 4: 800e6})
+    assert pace.allowed == 4
+
+
+def test_a_connection_that_keeps_this_side_busy_stays_alone_until_it_waits() -> None:
+    pace = Pace(4)
+    now, backs = drive(pace, 3 * HOLD_S, {1: 900e6}, waiting=0.2)
+    assert pace.allowed == 1 and backs == 0
+    drive(pace, HOLD_S + 0.6, {1: 200e6, 4: 800e6}, now)
+    assert pace.allowed == 4
 
 
 def test_a_limited_processor_or_line_gets_one_and_is_tried_again_later() -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from uenvd.cache import partial as partial_module
-from uenvd.cache.partial import Partial, map_of, received_bytes
+from uenvd.cache import partmap
+from uenvd.cache.partial import Partial
+from uenvd.cache.partmap import map_of, received_bytes
 from uenvd.errors import DigestMismatch, InUse
 from uenvd.oci.manifest import Descriptor
 
@@ -66,11 +67,11 @@ def test_after_a_power_failure_only_what_was_durable_counts(
         partial.write_at(0, DATA[:1000])
         partial.sync()
         partial.write_at(5000, DATA[5000:6000])
-    monkeypatch.setattr(partial_module, "_boot_id", lambda: "another-boot")
+    monkeypatch.setattr(partmap, "boot_id", lambda: "another-boot")
     with begin(tmp_path) as partial:
         assert list(partial.held) == [(0, 1000)]
         partial.write_at(2000, DATA[2000:3000])
-    monkeypatch.setattr(partial_module, "_boot_id", lambda: "a-third-boot")
+    monkeypatch.setattr(partmap, "boot_id", lambda: "a-third-boot")
     with begin(tmp_path) as partial:
         assert list(partial.held) == [(0, 1000)], "what was durable stays so in a new map"
 
@@ -90,7 +91,7 @@ def test_after_a_power_failure_only_what_was_durable_counts(
 def test_a_damaged_map_is_believed_up_to_the_damage(tmp_path: Path, damage: bytes) -> None:
     with begin(tmp_path) as partial:
         partial.write_at(0, DATA)
-    boot = partial_module._boot_id().encode()
+    boot = partmap.boot_id().encode()
     map_of(tmp_path / "blob.part").write_bytes(damage.replace(b"BOOT", boot))
     with begin(tmp_path) as partial:
         assert list(partial.held) in ([], [(0, 1000)])

@@ -1,7 +1,7 @@
 import random
 
 from uenvd.cache.ranges import Ranges
-from uenvd.cache.schedule import CUT_BYTES, MIN_PIECE_BYTES, URGENT_PIECE_BYTES, Schedule, Task
+from uenvd.cache.schedule import ALONE_PIECES, CUT_BYTES, MIN_PIECE_BYTES, URGENT_PIECE_BYTES, Schedule, Task
 
 MB = 1 << 20
 
@@ -156,3 +156,15 @@ def test_a_connection_that_brings_a_demand_anyway_does_not_give_way_to_it() -> N
     assert task
     plan.demand(CUT_BYTES // 2, CUT_BYTES)
     assert task.hurry_until == CUT_BYTES
+
+
+def test_one_connection_alone_asks_for_more_and_shares_it_when_others_come() -> None:
+    plan = schedule()
+    task = plan.take(alone=True)
+    assert task and (task.at, task.end) == (0, ALONE_PIECES * 16 * MB)
+    task.at += 3 * MB
+    plan.written(0, 3 * MB)
+    plan.cut_to_pieces()
+    assert task.end == 19 * MB
+    second = plan.take()
+    assert second and (second.at, second.end) == (19 * MB, 35 * MB)

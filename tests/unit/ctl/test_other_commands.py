@@ -189,8 +189,15 @@ def test_the_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     healthy = {**STATUS, "mount_points": [str(tmp_path)]}
     assert run(tmp_path, ["doctor", "--node"], {"status": [healthy]})[0] == 0
     assert capsys.readouterr().out.startswith(f"uenvd ok: uenvd {__version__} answers")
+    full = {"path": "/c", "used_bytes": 2_000_000, "free_bytes": 5}
+    held = {"digest": "sha256:x", "leases": 1, "total_bytes": 1_500_000}
+    for nobodys in ({**held, "leases": 0}, {**held, "digest": None}, {**held, "total_bytes": 500_000}):
+        answer = {**healthy, "cache": full, "images": [nobodys]}
+        assert run(tmp_path, ["doctor", "--node"], {"status": [answer]})[0] == 0, "what nobody uses may go"
+    capsys.readouterr()
     sick = {
         "no room in /c": {**healthy, "cache": {"path": "/c", "free_bytes": 5}},
+        "no room in /c:": {**healthy, "cache": full, "images": [held]},
         "/nowhere/at/all: No such file": {**healthy, "mount_points": ["/nowhere/at/all"]},
     }
     for text, answer in sick.items():

@@ -25,20 +25,34 @@ HOST = (
 def test_images_in_mountinfo() -> None:
     text = HOST + (
         f"63 43 0:39 / /user-environment ro,nosuid,nodev,relatime - fuse.uenvd uenvd:{DIGEST} ro,user_id=0\n"
-        "64 43 0:40 / /user\\040tools ro master:5 shared:2 - fuse.uenvd uenvd:/home/ada/x\\134y.squashfs ro\n"
+        "64 43 0:40 / /user\\040tools ro master:5 shared:2 - fuse.uenvd uenvd:/home/ada/x\\134y.squashfs ro,user_id=7,group_id=1\n"
         "65 43 0:41 / /other rw - fuse.sshfs host:/ rw\n"
         "66 43 0:42 / /tmp/uenvd:fake rw - tmpfs uenvd:fake rw\n"
     )
-    assert parse_mountinfo(text) == [
+    assert parse_mountinfo(text, 7) == [
         Mounted(DIGEST, "/user-environment"),
         Mounted("/home/ada/x\\y.squashfs", "/user tools"),
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [
+        ("rw,user_id=0,group_id=0", True),
+        ("user_id=7", True),
+        ("rw,user_id=70", False),
+        ("xuser_id=0", False),
+        ("ro", False),
+    ],
+)
+def test_mounts_of_other_users_are_not_believed(options: str, counts: bool) -> None:
+    assert bool(parse_mountinfo(f"63 43 0:39 / /m ro - fuse.uenvd uenvd:{DIGEST} {options}\n", 7)) == counts
+
+
 def test_only_the_topmost_mount_counts() -> None:
-    line = "63 43 0:39 / /m ro - fuse.uenvd uenvd:{} ro\n"
-    assert parse_mountinfo(line.format("a") + line.format("b")) == [Mounted("b", "/m")]
-    assert parse_mountinfo(line.format("a") + "64 63 0:40 / /m rw - tmpfs none rw\n") == []
+    line = "63 43 0:39 / /m ro - fuse.uenvd uenvd:{} ro,user_id=0\n"
+    assert parse_mountinfo(line.format("a") + line.format("b"), 7) == [Mounted("b", "/m")]
+    assert parse_mountinfo(line.format("a") + "64 63 0:40 / /m rw - tmpfs none rw\n", 7) == []
 
 
 @pytest.mark.parametrize(
@@ -46,7 +60,7 @@ def test_only_the_topmost_mount_counts() -> None:
     ["", "\n", "x", " - ", "1 2 3 4 /m - fuse.uenvd", "1 2 3 4 /m\\9 - fuse.uenvd uenvd:\\x1 ro", "\\ - \\"],
 )
 def test_odd_mountinfo(text: str) -> None:
-    parse_mountinfo(text)
+    parse_mountinfo(text, 7)
 
 
 def test_this_process_is_in_no_session() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import trio
 import trio.testing
 
 from uenvd.daemon import adoption
-from uenvd.daemon.supervision import HELLO_DEADLINE_S, ImageDirectory, receive, send
+from uenvd.daemon.rundir import ImageDirectory
+from uenvd.daemon.supervision import HELLO_DEADLINE_S, receive, send
 from uenvd.handover import Duty, Message, SupervisorState, WorkerReport
 
 DUTY = Duty(name="one", label="app/1.0", source="uenvd:app")
@@ -109,3 +111,17 @@ async def test_where_nobody_listens_nothing_is_left(directory: ImageDirectory) -
     directory.listen("one").close()
     assert await adoption.find(directory, {}, resend=True) == []
     assert directory.names() == []
+
+
+@pytest.mark.parametrize("file", [None, (1, 2, 3, 4, 5)])
+async def test_own_file_of_which_only_descriptors_are_left(
+    directory: ImageDirectory, device: int, file: tuple[int, ...] | None
+) -> None:
+    """It can be gone on with if it is known which file it was."""
+    duty = replace(DUTY, path="/home/user/app.squashfs", reader=(1000, 1000, ()))
+    directory.record(duty, replace(STATE, file=file))
+    stored = {"one": {"fuse": os.dup(device), "slots": os.dup(device)}}
+    found = await adoption.find(directory, stored, resend=False)
+    assert [(one.duty, one.state.file) for one in found] == ([] if file is None else [(duty, file)])
+    for one in found:
+        one.close()

@@ -13,8 +13,10 @@ import pytest
 import trio
 
 from uenvd.cache.store import Store
-from uenvd.config import Config, RegistryConfig
+from uenvd.config import AccessRule, Config, RegistryConfig
+from uenvd.daemon.access import Permit
 from uenvd.daemon.catalogue import Catalogue
+from uenvd.daemon.peer import Identity
 from uenvd.daemon.question import Image
 from uenvd.daemon.resolution import listed
 from uenvd.errors import (
@@ -122,8 +124,11 @@ def make(registry: FakeRegistry, store: Store, **fields: Any) -> Catalogue:
     return Catalogue(config, registry, store)  # type: ignore[arg-type]
 
 
-async def resolve(catalogue: Catalogue, label: str, *, refresh: bool = False) -> tuple[Image, list[str]]:
+async def resolve(
+    catalogue: Catalogue, label: str, *, refresh: bool = False, permit: Permit | None = None
+) -> tuple[Image, list[str]]:
     question = catalogue.question(refresh=refresh)
+    question.permit = permit
     return await catalogue.resolve(parse_namespaced_label(label), question), question.notes
 
 
@@ -163,6 +168,36 @@ async def test_a_digest_pins(registry: FakeRegistry, store: Store) -> None:
     assert (image.found.digest, image.config and image.config.meta and image.config.meta.name) == (one, "one")
     with pytest.raises(UnknownLabel):
         await resolve(catalogue, "app/1.0@sha256:" + "0" * 64)
+
+
+async def test_a_remembered_meaning_goes_when_any_answer_changes(
+    registry: FakeRegistry, store: Store
+) -> None:
+    first = registry.add(APP, "v1", "one")
+    catalogue = make(registry, store)
+    assert (await resolve(catalogue, "app/1.0"))[0] is (await resolve(catalogue, "app/1.0"))[0]
+    second = registry.add(APP, "v1", "two")
+    assert (await resolve(catalogue, "app/1.0"))[0].found.digest == first
+    # Another user insists on what is there now; from then on it is what everybody gets.
+    assert (await resolve(catalogue, "app/1.0:v1", refresh=True))[0].found.digest == second
+    assert (await resolve(catalogue, "app/1.0"))[0].found.digest == second
+
+
+async def test_what_a_digest_means_is_remembered_but_not_for_whom(
+    registry: FakeRegistry, store: Store
+) -> None:
+    one = registry.add(APP, "v1", "one")
+    catalogue = make(registry, store)
+    label = f"app/1.0@{one}"
+    first, _notes = await resolve(catalogue, label)
+    asked = registry.asked
+    again, _notes = await resolve(catalogue, label)
+    assert again is first
+    assert registry.asked == asked
+    rule = AccessRule(parse_namespaced_label("deploy::app"), ("some-group",))
+    with pytest.raises(AccessDenied):
+        await resolve(catalogue, label, permit=Permit(Identity(1000, 1000, ()), [rule], {}))
+    assert (await resolve(catalogue, label, refresh=True))[0] == first
 
 
 async def test_a_digest_alone_is_known_where_the_image_was_used(registry: FakeRegistry, store: Store) -> None:

@@ -7,16 +7,17 @@ import errno
 import json
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
+import trio.testing
 
 from support.fakedaemon import open_descriptors
 from uenvd import protocol
+from uenvd.daemon import control
 from uenvd.daemon.control import Answer, Connection, ControlServer
 from uenvd.errors import UnknownLabel
 from uenvd.protocol import Request
@@ -224,16 +225,14 @@ async def test_a_lack_of_descriptors_is_an_ordinary_event(
         OSError(errno.EMFILE, "Too many open files"),
         OSError(errno.ENFILE, "Too many open files in system"),
     ]
-    with trio.socket.socket() as some_socket:
-        socket_class = type(some_socket)
-    original = socket_class.accept
+    original = control._accept
 
-    async def accept(self: Any) -> Any:
+    def accept(listener: socket.socket) -> socket.socket:
         if failures:
             raise failures.pop()
-        return await original(self)
+        return original(listener)
 
-    monkeypatch.setattr(socket_class, "accept", accept)
+    monkeypatch.setattr(control, "_accept", accept)
     async with serving(tmp_path / "s") as (_server, connect):
         client = await connect()
         assert (await client.ask("status"))["ok"] is True
@@ -241,7 +240,6 @@ async def test_a_lack_of_descriptors_is_an_ordinary_event(
 
 
 async def test_one_user_cannot_have_all_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from uenvd.daemon import control
     from uenvd.daemon.peer import Identity, Peer
 
     monkeypatch.setattr(control, "peer_of", lambda _sock: Peer(1, Identity(1000, 1000, ())))
@@ -257,3 +255,138 @@ async def test_one_user_cannot_have_all_connections(tmp_path: Path, monkeypatch:
             answer = await again.ask("status")
             if answer is not None and answer.get("ok"):
                 break
+
+
+@pytest.mark.parametrize("peer_waits", [True, False])
+async def test_what_need_not_keep_the_peer_waiting_is_done_after_the_answer(
+    tmp_path: Path, peer_waits: bool
+) -> None:
+    order: list[str] = []
+    done = trio.Event()
+
+    async def handler(connection: Connection, _request: Request) -> Answer:
+        send = connection.send
+
+        async def noted_send(frame: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+            order.append("answer")
+            await send(frame, descriptors)
+
+        connection.send = noted_send  # type: ignore[method-assign]
+        if not peer_waits:
+            client.sock.close()
+        return Answer(protocol.success(), after=after)
+
+    def after() -> None:
+        order.append("after")
+        done.set()
+
+    async with serving(tmp_path / "socket", handler) as (_server, connect):
+        client = await connect()
+        await client.send(protocol.request("status"))
+        with trio.fail_after(5):
+            if peer_waits:
+                assert await client.receive() == {"ok": True}
+            await done.wait()
+    assert order == ["answer", "after"]
+
+
+def known(connection: Connection, request: Request) -> Answer | None:
+    """Answer `status`, hand a descriptor out for `mount`, stumble over `find`, leave the rest."""
+    if request.op == "find":
+        raise RuntimeError("a bug")
+    if request.op == "mount":
+        reading, writing = os.pipe()
+        os.close(writing)
+        connection.on_close.append(lambda: ended.append(request.uenv))
+        return Answer(protocol.success(at_once=True), [reading])
+    return Answer(protocol.success(at_once=True)) if request.op == "status" else None
+
+
+ended: list[str] = []
+
+
+@pytest.mark.parametrize("first", ["status", "resolve", "find"])
+async def test_a_first_request_may_be_answered_before_the_connection_has_a_task(
+    tmp_path: Path, first: str
+) -> None:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(tmp_path / "s"))
+    listener.listen()
+    with listener, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.connect(str(tmp_path / "s"))  # accepted only when the server runs: the request is there by then
+        sock.sendall(protocol.encode(protocol.request(first, uenv="a")))
+        server = ControlServer(echo, connections_per_user=9, at_once=known)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.serve, listener)
+            client = Client(trio.socket.from_stdlib_socket(sock))
+            frame = await client.receive()
+            while frame is not None and "event" in frame:
+                frame = await client.receive()
+            assert frame is not None
+            assert frame["ok"]
+            assert frame.get("at_once", False) == (first == "status")
+            later = await client.ask("status")
+            assert later is not None
+            assert later["op"] == "status"  # the handler's
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"v":1,"op":"sta',
+        b'{"v":1,"op":"status"}\n{"v":1,"op":"status"}\n',
+        b'{"v":1,"op":"status"}\n{"v":1,',
+        b"{]\n",
+        b'{"v":2,"op":"status"}\n',
+    ],
+)
+async def test_bytes_that_are_no_single_request_are_the_handlers(tmp_path: Path, data: bytes) -> None:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(tmp_path / "s"))
+    listener.listen()
+    with listener, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.connect(str(tmp_path / "s"))
+        sock.sendall(data)
+        server = ControlServer(echo, connections_per_user=9, at_once=known)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.serve, listener)
+            client = Client(trio.socket.from_stdlib_socket(sock))
+            if data.endswith(b"sta"):
+                await trio.testing.wait_all_tasks_blocked()
+                await client.send_raw(b'tus"}\n')
+            frame = await client.receive()
+            assert frame is not None
+            assert "at_once" not in frame
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("gone", [False, True])
+async def test_what_was_handed_out_at_once_ends_with_the_connection(tmp_path: Path, gone: bool) -> None:
+    ended.clear()
+    before = open_descriptors()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(tmp_path / "s"))
+    listener.listen()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with listener, sock:
+        sock.connect(str(tmp_path / "s"))
+        sock.sendall(protocol.encode(protocol.request("mount", uenv="lease")))
+        if gone:
+            sock.close()
+        server = ControlServer(echo, connections_per_user=9, at_once=known)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.serve, listener)
+            with trio.fail_after(5):
+                if not gone:
+                    peer = trio.socket.from_stdlib_socket(sock)
+                    data, ancillary, _flags, _address = await peer.recvmsg(65536, socket.CMSG_SPACE(32))
+                    assert json.loads(data)["at_once"] is True
+                    os.close(array.array("i", ancillary[0][2])[0])
+                    assert ended == []
+                    peer.close()
+                while server.connections or not ended:
+                    await trio.sleep(0.001)
+            assert ended == ["lease"]
+            nursery.cancel_scope.cancel()
+    assert open_descriptors() == before

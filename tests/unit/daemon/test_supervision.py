@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
-from uenvd.daemon.supervision import ImageDirectory, Supervision
+from uenvd.daemon.rundir import ImageDirectory
+from uenvd.daemon.supervision import Supervision
 from uenvd.daemon.workers import WorkerPool
 from uenvd.errors import NotFound, StorageError, UenvError
-from uenvd.handover import Duty, SupervisorState
+from uenvd.handover import Duty, Message, SupervisorState
 
 
 class Dying(Supervision):
@@ -86,3 +89,43 @@ async def test_image_that_is_gone_ends_it(dying: Dying, autojump_clock: trio.tes
     await dying.run()
     assert dying.gone
     assert len(dying.starts_s) == 3
+
+
+async def hear(supervision: Dying, *states: SupervisorState) -> None:
+    """Have it hear what a supervisor says."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        supervision._channel = trio.socket.from_stdlib_socket(ours)
+        for state in states:
+            theirs.send(Message("state", {"state": state.to_wire()}).encode())
+            assert await supervision._hear()
+    supervision._channel.close()
+    supervision._channel = None
+
+
+async def test_kernel_is_asked_again_until_a_supervisor_has_done_it(dying: Dying) -> None:
+    """All of them may be killed before one comes so far: the next has to be told that the slots were lost."""
+    serving = SupervisorState("serving", 1, negotiated={})
+    dying.take_over(None, serving, None, slots_lost=True)
+    await hear(dying, replace(serving, phase="starting", slots_lost=True), replace(serving, slots_lost=True))
+    assert dying._slots_lost
+    await hear(dying, serving)
+    assert not dying._slots_lost
+    dying.close()
+
+
+async def test_one_that_refuses_is_left_to_its_users(dying: Dying) -> None:
+    dying.live([0.0], {})
+    await hear(dying, SupervisorState("refusing", 1, negotiated={}))
+    await dying.run()
+    assert dying.gone
+    assert dying.starts_s == []
+
+
+async def test_own_file_is_opened_again_only_if_it_is_known(dying: Dying) -> None:
+    dying.duty = replace(dying.duty, blob=None, path="/home/user/app.squashfs")
+    state = SupervisorState("serving", 1, negotiated={})
+    for file in (None, (1, 2, 3, 4, 5)):
+        dying.take_over(None, replace(state, file=file), None)
+        assert dying._can_start_again() == (file is not None)
+    dying.close()

@@ -12,6 +12,7 @@ import trio
 from uenvd.config import Config, RegistryConfig
 from uenvd.daemon.control import Connection
 from uenvd.daemon.leases import Lease
+from uenvd.daemon.meanings import Meanings
 from uenvd.daemon.peer import Identity
 from uenvd.daemon.requests import Wanted
 from uenvd.daemon.served import FileSource, Served
@@ -26,7 +27,7 @@ OWNER = Identity(1000, 1000, ())
 def make_service(served: Served, views: tuple[Any, ...] = ()) -> Service:
     config = Config(system="demo", registry=RegistryConfig("x"))
     anything = cast("Any", None)
-    catalogue = cast("Any", SimpleNamespace(remote=None))
+    catalogue = cast("Any", SimpleNamespace(remote=None, meanings=Meanings(0.0)))
     service = Service(config, catalogue=catalogue, store=anything, pulls=anything, served=anything)
     wanted = Wanted(Description(None, "/x.squashfs", "/user-environment"), None, "/x.squashfs")
     lease = Lease(OWNER, [wanted], views, ["/user-environment"], None, [served], name="l")

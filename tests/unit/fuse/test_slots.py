@@ -33,6 +33,7 @@ def test_life_of_a_request() -> None:
     slot.begin()
     slot.clear()
     assert (slot.busy(), slot.attempts, slot.started_ns, slot.unique) == (False, 0, 0, 0)
+    assert slot.begun_ns > 0, "the only thing that is remembered"
 
 
 def test_what_a_killed_process_had_in_hand_is_there() -> None:

@@ -76,6 +76,44 @@ def test_every_reason_to_refuse_has_its_words(keys: Keys, tmp_path: Path) -> Non
         check_envelopes([raw], {}, NAME, DIGEST)
 
 
+def test_a_tag_that_was_not_signed(keys: Keys) -> None:
+    """An old release under a newer tag is refused; a signature that says nothing of tags holds for all, unless the site asks for more."""
+    private, trusted, _directory = keys
+    bound, plain = envelope(private, NAME, DIGEST, ["v2", "v1"]), envelope(private, NAME, DIGEST)
+    assert bound == envelope(private, NAME, DIGEST, ["v1", "v2", "v1"]) != plain
+
+    def believed(raws: list[bytes], tag: str | None, *, needed: bool = False) -> str:
+        try:
+            return check_envelopes(raws, trusted, NAME, DIGEST, tag, tag_needed=needed).name
+        except SignatureRefused as error:
+            assert tag is None or f"--tag {tag}" in (error.hint or "")
+            return error.message
+
+    for needed in (False, True):
+        assert believed([bound], "v1", needed=needed) == believed([bound], "v2", needed=needed) == "release"
+        assert believed([bound], None, needed=needed) == believed([plain], None, needed=needed) == "release"
+        assert "is for the tag v1, v2, not v3" in believed([bound], "v3", needed=needed)
+    assert believed([plain], "v3") == believed([bound, plain], "v3") == "release"
+    assert "does not say that it is for the tag v3" in believed([plain], "v3", needed=True)
+    # What else "tags" may be is no list of tags: signed or not, it allows none.
+    for value in ("v3", {"v3": 1}, 3, [], [["v3"]]):
+        raw = envelope_of(private, {"image": NAME, "digest": DIGEST, "version": 1, "tags": value})
+        assert "not v3" in believed([raw], "v3")
+
+
+def envelope_of(key: PrivateKey, body: object) -> bytes:
+    """Sign any payload."""
+    payload = json.dumps(body).encode()
+    signature = key.key.sign(pre_authentication(PAYLOAD_TYPE, payload))
+    signatures = [{"keyid": key.key_id, "sig": base64.b64encode(signature).decode()}]
+    document = {
+        "payload": base64.b64encode(payload).decode(),
+        "payloadType": PAYLOAD_TYPE,
+        "signatures": signatures,
+    }
+    return json.dumps(document).encode()
+
+
 @given(
     st.binary(max_size=300), st.integers(min_value=0, max_value=400), st.integers(min_value=1, max_value=255)
 )

@@ -176,3 +176,14 @@ def test_all_is_attached_once(image: Path, tmp_path: Path) -> None:
         attach_evidence(publisher.remote, repository, digest, image=log, environ={})
     with pytest.raises(UsageError, match="cannot be read"):
         attach_evidence(publisher.remote, repository, digest, image=image, log=tmp_path / "none", environ={})
+
+
+def test_source_files_are_inputs() -> None:
+    lock = (
+        f"# comment\nzlib_1.orig.tar.bz2 sha256:{64 * 'a'} debian:zlib=1:1.2-1 https://example.org/zlib\n"
+        f"lib.tar.gz   sha256:{64 * 'b'} https://example.org/lib.tar.gz\n"
+    )
+    assert [(one.uri, one.sha256[0]) for one in locked_inputs(lock)] == [
+        ("pkg:deb/debian/zlib@1:1.2-1?arch=source#zlib_1.orig.tar.bz2", "a"),
+        ("https://example.org/lib.tar.gz", "b"),
+    ]

@@ -88,6 +88,19 @@ def dirent(name: bytes, ino: int, next_offset: int, mode: int) -> bytes:
     return DIRENT.pack(ino, next_offset, size, mode >> 12) + name + bytes(-size % 8)
 
 
+def dirent_plus(name: bytes, attributes: Attributes, next_offset: int) -> bytes:
+    """Return one entry of READDIRPLUS."""
+    ino, mode, nlink, uid, gid, rdev, size_bytes, mtime_s, blocks = attributes
+    size = len(name)
+    # fmt: off
+    head: bytes = DIRENT_PLUS.pack(ino, 0, FOREVER_S, FOREVER_S, 0, 0,
+                                   ino, size_bytes, blocks, mtime_s, mtime_s, mtime_s, 0, 0, 0, mode, nlink, uid, gid,
+                                   kernel_device(rdev), BLOCK_SIZE_BYTES, 0,
+                                   ino, next_offset, size, mode >> 12)
+    # fmt: on
+    return head + name + PADDING[-size % 8]
+
+
 def kernel_device(rdev: int) -> int:
     """Return a device number of `os.makedev` as the kernel packs it into 32 bits (``new_encode_dev``)."""
     if not rdev:

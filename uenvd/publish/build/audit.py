@@ -16,7 +16,7 @@ from uenvd.publish.build import elf
 from uenvd.publish.build.tree import Entry, Tree
 
 FindingKind = Literal[
-    "interpreter", "run-path", "needed", "shebang", "link", "build-path", "permission", "special", "bytecode", "damaged"
+    "interpreter", "run-path", "needed", "shebang", "link", "build-path", "permission", "special", "bytecode", "damaged", "run"
 ]  # fmt: skip
 
 BUILD_DIRECTORY: Final = "/uenvd-build"

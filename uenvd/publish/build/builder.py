@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import fcntl
 import getpass
-import hashlib
 import json
 import os
 import platform
@@ -15,24 +14,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TextIO
 
-from uenvd import __version__
-from uenvd.errors import AuditFailed, BuildFailed, InternalError, ResourceMissing, UsageError, by_code
+from uenvd.errors import AuditFailed, BuildFailed, InternalError, UsageError, by_code
 from uenvd.publish.build.audit import BUILD_DIRECTORY, Rules, summary
 from uenvd.publish.build.imagefile import audit_image
-from uenvd.publish.build.inputs import Inputs, default_cache, fetch, sha256_of
+from uenvd.publish.build.inputlock import changes, inputs_of, read_lock
+from uenvd.publish.build.inputs import default_cache, sha256_of
+from uenvd.publish.build.kinds import Builder, Inputs, Say, Site, builder_of, identity
+from uenvd.publish.build.memory import check_room
 from uenvd.publish.recipe import Recipe
 
-MIN_MEMORY_BYTES: Final = 512 << 20
-_MEMORY_SHARE: Final = 0.8
 _SHORTEST_PATH: Final = 9
 """Shorter paths of this machine are not searched for in the image: /tmp is in every program."""
-Say = Callable[[str], None]
+LOCK: Final = "inputs.json"
+"""In the metadata directory: every input of the build, with its hash."""
+FINDINGS: Final = "audit.json"
+"""In the metadata directory of a builder that is not strict: what the audit found."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,14 @@ class Built:
     log: Path
     seconds: float = field(compare=False)
     reused: bool = field(default=False, compare=False)
-    """Whether it was there already, made by the same builder from the same recipe."""
+    """Whether it was there already, made by the same builder from the same inputs."""
+    findings: int = field(default=0, compare=False)
+    """Of the audit, where they do not stop the build."""
+
+    @property
+    def lock(self) -> Path:
+        """Return where every input is, with its hash."""
+        return self.meta_dir / LOCK
 
 
 def build(
@@ -59,32 +68,32 @@ def build(
     say: Say = lambda _text: None,
     environment: Mapping[str, str] | None = None,
     again: bool = False,
+    site: Site | None = None,
 ) -> Built:
     """Build an image, unless it is there; nothing is left in ``out_dir`` but the log when it fails.
 
     Args:
-        recipe: of the builder ``python``.
+        recipe: of any builder.
         out_dir: made if missing; gets ``NAME-VERSION.squashfs``, ``NAME-VERSION.meta/`` and ``NAME-VERSION.log``.
         cache: where downloads are kept; None: `default_cache`.
         say: gets a line for each step.
         environment: more variables for the programs of the build. They can change the image.
-        again: build also when ``out_dir`` has the image of this very recipe.
+        again: build also when ``out_dir`` has the image of these very inputs.
+        site: what this machine has for builders; None: what the environment says (`Site.of`).
 
     Raises:
-        UsageError: the recipe is for another builder.
+        UsageError: a path is below the mount point, or something that the builder needs was not named.
         BuildFailed: with the last words of the program that failed, and the log's name.
         AuditFailed: with the findings.
         ResourceMissing: no user namespaces, memory or programs.
+        StorageFull: no room for the image.
         DigestMismatch: an input is not what the recipe pins.
 
     """
-    if recipe.builder != "python":
-        raise UsageError(
-            f"{recipe.label} is a recipe for {recipe.format}, and this machine builds only recipes of the builder python",
-            hint="build it with Stackinator, and publish the image with: uenvd-publish push",
-        )
     began = time.time()
     started_s = time.monotonic()
+    builder = builder_of(recipe)
+    site = Site.of(os.environ) if site is None else site
     cache = (cache or default_cache()).absolute()
     out_dir = out_dir.absolute()
     for path in (out_dir, cache, recipe.directory):
@@ -94,13 +103,14 @@ def build(
             )
     stem = f"{recipe.name}-{recipe.version}"
     image, meta_dir, log = (out_dir / f"{stem}{suffix}" for suffix in (".squashfs", ".meta", ".log"))
-    if not again and not environment:
-        there = _there(recipe, image, meta_dir, log)
+    lock = inputs_of(recipe, builder, site, environment or {})
+    if not again:
+        there = _there(lock, image, meta_dir, log)
         if there is not None:
             return there
-    size_bytes = _memory()
-    inputs = fetch(recipe, cache, say)
     with _workspace(out_dir, stem, log) as (scratch, log_file):
+        inputs = builder.fetch(recipe, site, cache, say)
+        size_bytes = check_room(builder.needs(recipe, inputs), out_dir, stated_bytes=site.memory_bytes)
         partial = scratch / "image.squashfs"
         facts = _build_inside(
             recipe, inputs, partial, scratch, size_bytes, log_file, say, dict(environment or {})
@@ -111,26 +121,31 @@ def build(
             *(str(path) for path in (out_dir, cache) if len(str(path)) >= _SHORTEST_PATH),
         ]
         findings = audit_image(
-            partial,
-            prefix=recipe.mount,
-            rules=Rules(recipe.python.host_libraries if recipe.python else (), tuple(needles)),
+            partial, prefix=recipe.mount, rules=Rules(recipe.host_libraries, tuple(needles))
         )
-        if findings:
+        if findings and builder.strict:
             raise AuditFailed(f"the image would depend on the machine that built it:\n{summary(findings)}")
         digest = f"sha256:{sha256_of(partial)}"
         staged = scratch / "meta"
         _unpack_meta(partial, staged)
+        for name, text in facts.pop("stackinator", {}).items():
+            (staged / f"stackinator-{name}").write_text(text)
+        if findings:
+            text = json.dumps([finding._asdict() for finding in findings], indent=2)
+            (staged / FINDINGS).write_text(text + "\n")
         seconds = time.monotonic() - started_s
         (staged / "configure.json").write_text(
-            json.dumps(_circumstances(recipe, inputs, digest, began, seconds, facts), indent=2) + "\n"
+            json.dumps(_circumstances(recipe, builder, inputs, digest, began, seconds, facts), indent=2)
+            + "\n"
         )
+        (staged / LOCK).write_text(json.dumps({**lock, "image": digest}, indent=2) + "\n")
         shutil.copyfile(log, staged / "build.log")
         partial.chmod(0o644)
         if meta_dir.exists():
             shutil.rmtree(meta_dir)
         staged.rename(meta_dir)
         partial.replace(image)
-    return Built(image, meta_dir, digest, log, seconds)
+    return Built(image, meta_dir, digest, log, seconds, findings=len(findings))
 
 
 @contextmanager
@@ -159,66 +174,18 @@ def _workspace(out_dir: Path, stem: str, log: Path) -> Iterator[tuple[Path, Text
             yield Path(name), log_file
 
 
-def _there(recipe: Recipe, image: Path, meta_dir: Path, log: Path) -> Built | None:
+def _there(lock: Mapping[str, Any], image: Path, meta_dir: Path, log: Path) -> Built | None:
     """Return the image that an earlier build made, if it is still what that build made and would be made again now."""
-    try:
-        said = json.loads((meta_dir / "configure.json").read_text())
-        if (
-            said["recipe"]["fingerprint"] != f"sha256:{recipe.fingerprint()}"
-            or said["builder"] != _builder_name()
-            or (said["recipe"]["name"], said["recipe"]["version"]) != (recipe.name, recipe.version)
-            or f"sha256:{sha256_of(image)}" != said["image"]
-        ):
-            return None
-        return Built(image, meta_dir, str(said["image"]), log, 0.0, reused=True)
-    except (OSError, ValueError, KeyError, TypeError):
+    said = read_lock(meta_dir / LOCK)
+    if said is None or not image.is_file() or changes(said, lock):
         return None
-
-
-def _builder_name() -> str:
-    """Return the name of this builder with a digest of its code, since a change of that changes images."""
-    total = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        total.update(path.read_bytes())
-    return f"uenvd {__version__} (python, {total.hexdigest()[:12]})"
-
-
-def _memory() -> int:
-    """Return how much memory a build may take. Raises `ResourceMissing`."""
-    available = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) << 10
-    available = min(available, _cgroup_memory(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
-    if available < MIN_MEMORY_BYTES:
-        raise ResourceMissing(
-            f"images are built in memory, and {available >> 20} MiB are free: at least {MIN_MEMORY_BYTES >> 20} MiB are needed",
-            hint="ask for more memory, where this is a job or a container",
-        )
-    return int(available * _MEMORY_SHARE)
-
-
-def _cgroup_memory(root: Path, own: Path) -> int:
-    """Return what the limits of this process's cgroup (version 2) and of those above it leave; without limits very much.
-
-    What a build writes is charged there: a job or a container that exceeds its limit is killed.
-    """
-    left = 1 << 62
+    if f"sha256:{sha256_of(image)}" != said.get("image"):
+        return None
     try:
-        name = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return left
-    place = root / name.strip("/")
-    for group in (place, *place.parents):
-        if not group.is_relative_to(root):
-            break
-        try:
-            limit = (group / "memory.max").read_text().strip()
-            if limit != "max":
-                left = min(left, int(limit) - int((group / "memory.current").read_text()))
-        except (OSError, ValueError):
-            continue
-    return max(left, 0)
+        findings = len(json.loads((meta_dir / FINDINGS).read_text()))
+    except (OSError, ValueError, TypeError):
+        findings = 0
+    return Built(image, meta_dir, str(said["image"]), log, 0.0, reused=True, findings=findings)
 
 
 def _build_inside(
@@ -236,11 +203,14 @@ def _build_inside(
     new_root.mkdir()
     order = {
         "recipe": str(recipe.directory),
+        "version": recipe.version,
         "image": str(partial),
         "new_root": str(new_root),
         "size_bytes": size_bytes,
-        "debs": [str(path) for path in inputs.packages],
+        "debs": [str(path) for path in inputs.debs],
         "wheels": {name: [str(path) for path in wheels] for name, wheels in inputs.wheels.items()},
+        "sources": {name: str(path) for name, path in inputs.sources.items()},
+        "settings": dict(inputs.settings),
         "environment": environment,
     }
     outcome: dict[str, Any] = {}
@@ -295,12 +265,18 @@ def _unpack_meta(image: Path, target: Path) -> None:
 
 
 def _circumstances(
-    recipe: Recipe, inputs: Inputs, digest: str, began: float, seconds: float, facts: dict[str, Any]
+    recipe: Recipe,
+    builder: Builder,
+    inputs: Inputs,
+    digest: str,
+    began: float,
+    seconds: float,
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
     """Return what is true of this build only: when, where, who, with what."""
     return {
         "version": 1,
-        "builder": _builder_name(),
+        "builder": identity(builder),
         "recipe": {
             "name": recipe.name,
             "version": recipe.version,
@@ -314,9 +290,7 @@ def _circumstances(
         "user": _user(),
         "machine": platform.machine(),
         "kernel": platform.release(),
-        "inputs": sorted(
-            {path.name for path in (*inputs.packages, *(w for ws in inputs.wheels.values() for w in ws))}
-        ),
+        "inputs": inputs.files(),
         **facts,
     }
 

@@ -1,4 +1,4 @@
-"""The pinned inputs of a build: Debian packages and wheels, from the cache or fetched into it by apt and pip.
+"""The pinned inputs of a build: Debian packages, wheels and source files, from the cache or fetched into it.
 
 Everything is identified by its SHA-256 in the recipe's lock files; a file of the cache is hashed before each use. The network is needed
 only for what the cache lacks.
@@ -10,19 +10,15 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from uenvd.errors import BuildFailed, DigestMismatch, ResourceMissing
+from uenvd.errors import BuildFailed, DigestMismatch
+from uenvd.publish.build.downloads import NotThere, fetch_from, places_of_deb, places_of_source
 from uenvd.publish.recipe import Recipe
-from uenvd.publish.recipe.lockfile import (
-    Package,
-    read_interpreter_lock,
-    requirement_hashes,
-)
+from uenvd.publish.recipe.lockfile import Package, SourceFile, requirement_hashes
 
 DEBIAN_ARCHITECTURES: Final = {
     "x86_64": "amd64",
@@ -36,15 +32,6 @@ FETCH_S: Final = 900.0
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Files of the cache, each with the digest that the recipe pins."""
-
-    packages: tuple[Path, ...]
-    wheels: dict[str, tuple[Path, ...]]
-    """By the environment's name."""
-
-
 def default_cache() -> Path:
     """Return where downloads are kept: ``$UENVD_CACHE_DIR``, else below the user's cache directory."""
     stated = os.environ.get("UENVD_CACHE_DIR")
@@ -53,14 +40,8 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uenvd-publish"
 
 
-def fetch(recipe: Recipe, cache: Path, say: Say) -> Inputs:
-    """Return the inputs of a recipe of the builder ``python``, fetching what the cache lacks.
-
-    Raises `BuildFailed` when something cannot be had, `DigestMismatch` when it is not what was pinned, `ResourceMissing` when apt or
-    dpkg is.
-    """
-    assert recipe.python is not None
-    packages = read_interpreter_lock(recipe.directory / recipe.python.interpreter)
+def check_machine(recipe: Recipe, packages: Sequence[Package]) -> None:
+    """See that packages are for this machine. Raises `BuildFailed`."""
     machine = DEBIAN_ARCHITECTURES.get(os.uname().machine, os.uname().machine)
     for package in packages:
         if package.architecture not in {"all", machine}:
@@ -68,14 +49,6 @@ def fetch(recipe: Recipe, cache: Path, say: Say) -> Inputs:
                 f"the recipe {recipe.label} is for Debian's {package.architecture}, and this machine is {machine}",
                 hint=f"build it on such a machine, or write another lock file: uenvd-publish lock {recipe.directory}",
             )
-    debs = fetch_packages(packages, cache, say)
-    return Inputs(
-        debs,
-        {
-            environment.name: _fetch_wheels(recipe.directory / environment.requirements, cache, debs, say)
-            for environment in recipe.environments
-        },
-    )
 
 
 def sha256_of(path: Path) -> str:
@@ -84,8 +57,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fetch_packages(packages: Sequence[Package], cache: Path, say: Say) -> tuple[Path, ...]:
-    """Return the ``.deb`` files, fetched with the machine's own apt where they are missing."""
+def fetch_packages(
+    packages: Sequence[Package], cache: Path, say: Say, recipe: Path | None = None
+) -> tuple[Path, ...]:
+    """Return the ``.deb`` files: from the cache, else from the machine's own apt, else from the archive of all that Debian published.
+
+    ``recipe`` is for the advice in messages. Raises `BuildFailed`, `DigestMismatch`.
+    """
     directory = cache / "debs"
     missing = [
         package
@@ -95,21 +73,39 @@ def fetch_packages(packages: Sequence[Package], cache: Path, say: Say) -> tuple[
     ]
     if missing:
         say(f"fetching {len(missing)} Debian packages (once)")
-        with _scratch(cache) as scratch:
-            download(missing, scratch)
+        with scratch_directory(cache) as scratch:
+            reason = download_with_apt(missing, scratch)
+            lost = [package for package in missing if not (scratch / package.file_name).is_file()]
+            if lost:
+                _from_archive(lost, scratch, reason, say, recipe)
             for package in missing:
-                _keep(scratch / package.file_name, package.sha256, directory)
+                keep_file(scratch / package.file_name, package.sha256, directory)
     return tuple(directory / package.file_name for package in packages)
 
 
-def download(packages: Iterable[Package], directory: Path) -> None:
-    """Let apt download packages of exactly these versions into a directory. Raises `BuildFailed`, `ResourceMissing`."""
+def download_with_apt(packages: Sequence[Package], directory: Path) -> str:
+    """Let apt download packages of exactly these versions, those that it has; return what it says of the others, else nothing.
+
+    apt fetches all or nothing, so when something is not offered the rest is asked for one by one.
+    """
     wanted = [
         f"{package.name}={package.version}"
         if package.architecture == "all"
         else f"{package.name}:{package.architecture}={package.version}"
         for package in packages
     ]
+    reason = _apt_download(wanted, directory)
+    if not reason or len(wanted) == 1:
+        return reason
+    reasons = [
+        _apt_download([one], directory)
+        for one, package in zip(wanted, packages, strict=True)
+        if not (directory / package.file_name).is_file()
+    ]
+    return "\n".join(dict.fromkeys(line for text in reasons for line in text.splitlines()))
+
+
+def _apt_download(wanted: Sequence[str], directory: Path) -> str:
     # Its sandbox user cannot enter our directory, and it would warn of that.
     command = ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", *wanted]
     try:
@@ -117,22 +113,63 @@ def download(packages: Iterable[Package], directory: Path) -> None:
             command, cwd=directory, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
             timeout=FETCH_S, env={**os.environ, "LC_ALL": "C.UTF-8"},
         )  # fmt: skip
-    except FileNotFoundError as error:
-        raise ResourceMissing(
-            "apt-get is missing: the interpreter's packages come through the machine's own apt",
-            hint="build on Debian, or bring a cache that has them: --cache DIR",
-        ) from error
-    except subprocess.TimeoutExpired as error:
-        raise BuildFailed(f"apt-get did not end within {FETCH_S:.0f} s") from error
-    if done.returncode != 0:
-        reason = "\n".join(f"  {line}" for line in done.stderr.strip().splitlines()[:10])
+    except FileNotFoundError:
+        return "there is no apt-get here"
+    except subprocess.TimeoutExpired:
+        return f"apt-get did not end within {FETCH_S:.0f} s"
+    return (
+        "" if done.returncode == 0 else done.stderr.strip() or f"apt-get ended with status {done.returncode}"
+    )
+
+
+def _from_archive(
+    packages: Sequence[Package], directory: Path, apt: str, say: Say, recipe: Path | None
+) -> None:
+    """Fetch packages that no mirror has any more. Raises `BuildFailed` that names those that cannot be had."""
+    say(f"{len(packages)} of them are no longer offered: asking the archive of all that Debian published")
+    lost: list[str] = []
+    for package in packages:
+        try:
+            fetch_from(places_of_deb(package), directory / package.file_name, package.sha256)
+        except NotThere as error:
+            lost.append(f"  {package.name} {package.version}: {str(error).strip()}")
+            if len(lost) == 1 and "timed out" in str(error):
+                break
+    if lost:
+        said = "\n".join(f"  apt: {line}" for line in apt.splitlines()[:6])
+        names = ", ".join(f"{package.name}={package.version}" for package in packages)
         raise BuildFailed(
-            f"apt cannot fetch the recipe's packages:\n{reason}",
-            hint="apt-get update; where a version is no longer offered, pin the present one: uenvd-publish lock RECIPE",
+            f"packages that the recipe pins cannot be had from apt or from the archive ({names}):\n{said}\n"
+            + "\n".join(lost[:6]),
+            hint="bring a cache that has them (--cache DIR), let this machine reach the archive, or pin what is offered now: "
+            f"apt-get update && uenvd-publish lock {recipe or 'RECIPE'}",
         )
 
 
-def _fetch_wheels(requirements: Path, cache: Path, debs: Sequence[Path], say: Say) -> tuple[Path, ...]:
+def fetch_sources(files: Sequence[SourceFile], cache: Path, say: Say) -> dict[str, Path]:
+    """Return the source files by name, from the cache or fetched into it. Raises `BuildFailed`, `DigestMismatch`."""
+    directory = cache / "sources"
+    found: dict[str, Path] = {}
+    for one in files:
+        # Two recipes may pin different bytes under one name.
+        kept = directory / f"{one.sha256[:16]}-{one.file}"
+        if not kept.is_file() or sha256_of(kept) != one.sha256:
+            say(f"fetching {one.file} (once)")
+            with scratch_directory(cache) as scratch:
+                partial = scratch / kept.name
+                try:
+                    fetch_from(places_of_source(one), partial, one.sha256)
+                except NotThere as error:
+                    raise BuildFailed(
+                        f"the source {one.file} cannot be had:\n{error}",
+                        hint="is the network there? add a place to the lock file, or bring a cache that has it: --cache DIR",
+                    ) from error
+                keep_file(partial, one.sha256, directory)
+        found[one.file] = kept
+    return found
+
+
+def fetch_wheels(requirements: Path, cache: Path, debs: Sequence[Path], say: Say) -> tuple[Path, ...]:
     """Return the wheels of a requirements file, fetched with pip where they are missing.
 
     pip runs on the interpreter of the image, so that it chooses what fits that one; no other Python takes part.
@@ -143,12 +180,12 @@ def _fetch_wheels(requirements: Path, cache: Path, debs: Sequence[Path], say: Sa
     missing = [name for name in wanted if name not in found]
     if missing:
         say(f"fetching {len(missing)} wheels (once): {', '.join(missing)}")
-        with _scratch(cache) as scratch:
+        with scratch_directory(cache) as scratch:
             _pip_download(requirements, debs, scratch)
             for wheel in sorted((scratch / "wheels").glob("*.whl")):
                 digest = sha256_of(wheel)
                 if any(digest in digests for digests in wanted.values()):
-                    _keep(wheel, digest, directory)
+                    keep_file(wheel, digest, directory)
         found = _present(wanted, directory)
         missing = [name for name in wanted if name not in found]
         if missing:
@@ -204,7 +241,7 @@ def _pip_download(requirements: Path, debs: Sequence[Path], scratch: Path) -> No
         )
 
 
-def _keep(file: Path, sha256: str, directory: Path) -> None:
+def keep_file(file: Path, sha256: str, directory: Path) -> None:
     """Move a checked file into the cache. Raises `DigestMismatch`."""
     if not file.is_file():
         raise BuildFailed(f"apt did not deliver {file.name}")
@@ -222,7 +259,7 @@ def _keep(file: Path, sha256: str, directory: Path) -> None:
 
 
 @contextmanager
-def _scratch(cache: Path) -> Iterator[Path]:
+def scratch_directory(cache: Path) -> Iterator[Path]:
     """Give a directory on the cache's own file system, so that files can be moved."""
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from uenvd.errors import BuildFailed
+from uenvd.publish.build import venv_hook
 from uenvd.publish.build.relocate import Run
 
 LEFT_OUT: Final = (
@@ -22,6 +23,12 @@ LEFT_OUT: Final = (
 )
 """Hooks of Debian's own, byte code with time stamps, what is for building CPython itself, and links to the documentation."""
 _LOCK_HINT = "the lock file needs python3.N-minimal, libpython3.N-minimal, libpython3.N-stdlib, python3.N-venv and python3-pip-whl"
+_HOOKED: Final = """
+
+# Added by uenvd-publish: see _on_image.py.
+from ._on_image import on_image  # noqa: E402
+EnvBuilder.create = on_image(EnvBuilder.create)
+"""
 
 
 class Interpreter(NamedTuple):
@@ -78,6 +85,7 @@ def unpack(
         text = settings.read_text()
         settings.write_text(text.replace("/usr/share/python-wheels", f"{root}/share/python-wheels"))
     _fix_first_lines(root)
+    _hook_venv(root / "lib" / name / "venv")
     libraries = tuple(
         place
         for top in ("usr/lib", "lib")
@@ -94,6 +102,15 @@ def _fix_first_lines(root: Path) -> None:
             first, newline, rest = path.read_bytes().partition(b"\n")
             if re.match(rb"#!.*python", first):
                 path.write_bytes(b"#!" + bytes(root / "bin/python3") + newline + rest)
+
+
+def _hook_venv(package: Path) -> None:
+    """Let ``python -m venv`` do what `venv_hook` says."""
+    made_by = package / "__init__.py"
+    if made_by.is_file():
+        shutil.copyfile(venv_hook.__file__, package / "_on_image.py")
+        with made_by.open("a") as file:
+            file.write(_HOOKED)
 
 
 def _matches(relative: Path, patterns: Sequence[str]) -> bool:

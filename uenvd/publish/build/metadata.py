@@ -13,7 +13,7 @@ from uenvd.publish.build.elf import Elf
 from uenvd.publish.recipe import Environment, Recipe, View
 
 DEFAULT_SCALARS: Final[dict[str, str | None]] = {"PYTHONHOME": None}
-"""What every view of a Python environment does beside its own."""
+"""What every view of an image with a Python of its own does beside its own."""
 
 
 def env_json(recipe: Recipe, existing: Mapping[str, bool] | None = None) -> dict[str, Any]:
@@ -49,8 +49,9 @@ def view_root(recipe: Recipe, environment: Environment) -> str:
 
 
 def prefix_directories(recipe: Recipe) -> set[str]:
-    """Return the directories that ``prefix_paths`` of the views name."""
-    return {
+    """Return the directories that the views put into variables where they exist."""
+    programs = {f"{view_root(recipe, environment)}/bin" for environment in recipe.environments}
+    return programs | {
         _below(view_root(recipe, environment), part)
         for environment in recipe.environments
         for view in environment.views
@@ -77,7 +78,8 @@ def _values(recipe: Recipe, view: View, root: str, existing: Mapping[str, bool] 
         if values:
             lists.setdefault(variable, []).append({"op": operation, "value": values})
 
-    add("PATH", "prepend", [f"{root}/bin"])
+    if existing is None or existing.get(f"{root}/bin"):
+        add("PATH", "prepend", [f"{root}/bin"])
     for variable, parts in view.prefix_paths:
         places = [_below(root, part) for part in parts]
         add(variable, "prepend", [place for place in places if existing is None or existing.get(place)])
@@ -85,7 +87,7 @@ def _values(recipe: Recipe, view: View, root: str, existing: Mapping[str, bool] 
         add(variable, "prepend", [substitute(value)])
     for variable, value in view.append:
         add(variable, "append", [substitute(value)])
-    scalars = dict(DEFAULT_SCALARS)
+    scalars = dict(DEFAULT_SCALARS) if recipe.builder == "python" else {}
     for variable, scalar in view.set:
         scalars[variable] = None if scalar is None else substitute(scalar)
     return {"list": lists, "scalar": scalars}

@@ -114,9 +114,9 @@ def relocate(prefix: Path, bundle_into: Path, sources: Iterable[Path], rules: Ru
                 if rules.allows(soname):
                     continue
                 raise BuildFailed(
-                    f"{path} needs {soname}, which neither the recipe's packages nor its wheels have",
-                    hint="add the Debian package that has it to the interpreter's lock file, or, if it must be the host's, the "
-                    "soname to  python: host-libraries:  in config.yaml",
+                    f"{path} needs {soname}, which nothing that the recipe pins has",
+                    hint="add the Debian package that has it to the lock file, or build it; if it must be the host's, add the soname "
+                    "to  host-libraries:  in config.yaml",
                 )
             if Rules().allows(soname):  # glibc: never from a package
                 continue

@@ -10,9 +10,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from uenvd.errors import InternalError, PlanFailed, UenvError, UsageError
@@ -49,16 +50,19 @@ from uenvd.publish.pipeline.view import (
 from uenvd.publish.pipeline.waiting import Waker, terminable
 from uenvd.publish.plan import STAGES, Cell, Plan, Stage
 from uenvd.publish.plan.show import require_none, say_problems
-from uenvd.publish.push import MOVING_TAGS, check_tag
+from uenvd.publish.push import check_tag
+from uenvd.publish.release import Order, check_waiver, order_of, policy_path, require_who
 from uenvd.publish.status import forge_of
 from uenvd.publish.test import clean, tell, wishes_of
 
 DEFAULT_WORK: Final = Path(".uenv-run")
+POLICY_FILE: Final = "policy.yaml"
+"""What a policy is called beside the inputs of a stage that runs elsewhere."""
 TESTS: Final = "tests"
 """Directory below it in which images are tested."""
 _FORWARDED: Final = (
     *("registry", "auth_file", "username", "token_file", "ca_file"),
-    *("cache", "pipeline", "deploy"),
+    *("cache", "pipeline", "deploy", "policy", "sign"),
     *("waive_tests", "through", "partition", "timeout", "test_timeout"),
 )
 """Options with a value that a run passes on to the commands of its stages."""
@@ -75,18 +79,11 @@ def stages_of(arguments: argparse.Namespace, cell: Cell) -> tuple[Stage, ...]:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be meant before anything is done. Raises `UsageError`."""
-    for tag in (arguments.pipeline, arguments.deploy):
-        if tag is not None:
-            check_tag(tag)
-    if arguments.deploy in MOVING_TAGS:
-        raise UsageError(
-            f"{arguments.deploy!r} is a tag that moves: a release needs one that stays",
-            hint="say --deploy v1",
-        )
+    if arguments.pipeline is not None:
+        check_tag(arguments.pipeline)
     if arguments.stage == "deploy" and arguments.deploy is None:
         raise UsageError("a release needs a tag", hint="say --deploy v1")
-    if arguments.waive_tests is not None and not arguments.waive_tests.strip():
-        raise UsageError("--waive-tests needs a reason", hint="say who answers for it and why")
+    check_waiver(arguments.waive_tests)
     if arguments.dotenv is not None and arguments.cell is None:
         raise UsageError("--dotenv is for one cell", hint="say --cell ID --stage build")
 
@@ -104,8 +101,9 @@ def run_stage(plan: Plan, arguments: argparse.Namespace) -> int:
         for name, value in cell.variables.items():
             os.environ.setdefault(name, value)
         try:
+            order = run_order(arguments) if stage == "deploy" else None
             remote = stack.enter_context(closing(open_registry(arguments)))
-            result = _stage(_work(arguments, remote, stack), cell, stage, arguments)
+            result = _stage(_work(arguments, remote, stack, order), cell, stage, arguments)
         except UenvError as error:
             result = _failed(cell, stage, error)
             _finish_stage(arguments, cell, result)
@@ -146,7 +144,18 @@ def _stage(work: Work, cell: Cell, stage: Stage, arguments: argparse.Namespace) 
     return result
 
 
-def _work(arguments: argparse.Namespace, remote: Remote, stack: contextlib.ExitStack) -> Work:
+def run_order(arguments: argparse.Namespace) -> Order | None:
+    """Return the release that a run is to end with. Raises what `order_of` raises, and `DeployRefused` for who may not: nothing is built in vain."""
+    if arguments.deploy is None:
+        return None
+    order = order_of(arguments, arguments.deploy, "--deploy")
+    require_who(order)
+    return order
+
+
+def _work(
+    arguments: argparse.Namespace, remote: Remote, stack: contextlib.ExitStack, order: Order | None
+) -> Work:
     directory = arguments.work
     if directory is None:
         directory = Path(
@@ -157,9 +166,7 @@ def _work(arguments: argparse.Namespace, remote: Remote, stack: contextlib.ExitS
         directory.absolute(),
         cache=arguments.cache,
         pipeline=arguments.pipeline,
-        release=arguments.deploy,
-        move_latest=not arguments.no_latest,
-        waiver=arguments.waive_tests,
+        order=order,
         retest=arguments.retest,
         say=say,
         hashing=reporter("hashing"),
@@ -195,6 +202,8 @@ def run_plan(plan: Plan, arguments: argparse.Namespace) -> int:
     if not plan.cells:
         say("nothing to do")
         return 0
+    order = run_order(arguments)
+    arguments.policy = policy_path(arguments)
     directory = (arguments.work or DEFAULT_WORK).absolute()
     waker = Waker()
     with (
@@ -205,7 +214,7 @@ def run_plan(plan: Plan, arguments: argparse.Namespace) -> int:
     ):
         _sweep(directory)
         arguments.work = directory
-        work = _work(arguments, remote, stack)
+        work = _work(arguments, remote, stack, order)
         files = JobFiles(directory)
         files.prepare()
         done = survey(work, plan.cells, STAGES)
@@ -374,8 +383,9 @@ def _executor(plan: Plan, arguments: argparse.Namespace, files: JobFiles, waker:
         # Imported only where it is wanted: pyfirecrest is an extra.
         from uenvd.publish.pipeline.executors.firecrest import firecrest_executor
 
+        extras = {} if arguments.policy is None else {POLICY_FILE: arguments.policy}
         return firecrest_executor(
-            plan, files, waker, lambda task, place: remote_words(arguments, task, place), arguments
+            plan, files, waker, lambda task, place: remote_words(arguments, task, place), arguments, extras
         )
     if arguments.executor == "local":
         return LocalExecutor(
@@ -400,24 +410,27 @@ def remote_words(arguments: argparse.Namespace, task: Task, place: str) -> list[
 
     ``place`` is where the configuration and the recipe are unpacked.
     """
-    for name in ("auth_file", "token_file", "ca_file", "tests"):
+    for name in ("auth_file", "token_file", "ca_file", "tests", "sign"):
         if getattr(arguments, name):
             raise UsageError(
                 f"--{name.replace('_', '-')} names a file of this machine",
-                hint="through FirecREST a stage takes credentials from docker's places of its own machine, tests from the image",
+                hint="through FirecREST a stage takes credentials from docker's places of its own machine, tests from the image; "
+                "sign with: uenvd-publish promote",
             )
+    there = {} if arguments.policy is None else {"policy": f"{place}/{POLICY_FILE}"}
     return [
         *("run", "--config", f"{place}/config.yaml", "--cell", task.cell.id, "--stage", task.stage, "--json"),
-        *_options(arguments),
+        *_options(arguments, there),
     ]
 
 
-def _options(arguments: argparse.Namespace) -> list[str]:
+def _options(arguments: argparse.Namespace, instead: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """Return the options that a run passes on; ``instead``: values of options that are others where the stage runs."""
     words: list[str] = []
     value: object
     registry = arguments.registry or os.environ.get("UENVD_REGISTRY")
     for name in _FORWARDED:
-        value = registry if name == "registry" else getattr(arguments, name)
+        value = registry if name == "registry" else instead.get(name, getattr(arguments, name))
         if value is not None:
             text = str(value.absolute()) if isinstance(value, Path) else str(value)
             words.append(f"--{name.replace('_', '-')}={text}")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from uenvd.errors import ConfigError
-from uenvd.publish.build.builder import _builder_name
+from uenvd.publish.build import builder_of, identity
 from uenvd.publish.plan import Cell
 from uenvd.publish.recipe import Recipe
 
@@ -51,13 +51,17 @@ def content_tag(cell: Cell, recipe: Recipe) -> str:
             hint="make them equal: the mount point is part of every file of the image",
         )
     return tag_of(
-        recipe.fingerprint(), _builder_name(), recipe.mount, build_environment(cell), machine_of(cell, recipe)
+        recipe.fingerprint(),
+        identity(builder_of(recipe)),
+        recipe.mount,
+        build_environment(cell),
+        machine_of(cell, recipe),
     )
 
 
 def machine_of(cell: Cell, recipe: Recipe) -> str:
     """Return the part of a cell that changes what is built: nothing where the recipe pins every byte itself."""
-    return "" if recipe.builder == "python" else f"{cell.system}/{cell.uarch}"
+    return "" if builder_of(recipe).pins_machine(recipe) else f"{cell.system}/{cell.uarch}"
 
 
 def tag_of(fingerprint: str, builder: str, mount: str, environment: Mapping[str, str], machine: str) -> str:

@@ -1,4 +1,7 @@
-"""Posts the status of each cell while a run goes on, without making it wait: of several that wait for one cell only the newest is posted."""
+"""Posts the status of each cell while a run goes on, without making it wait: of several that wait for one cell only the newest is posted.
+
+What a forge did not take is posted once more at the end of the run, unless something newer was: a cell shall not look as if it still ran.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +58,8 @@ class Poster:
             self._stages.setdefault(one.task.cell.id, []).append(one)
         self._pending: dict[str, Status] = {}
         self._said: dict[str, Status] = {}
+        self._refused: dict[str, Status] = {}
+        self._in_hand = 0
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="statuses", daemon=True)
@@ -67,16 +72,20 @@ class Poster:
         with self._changed:
             if self._said.get(cell.id) != status:
                 self._said[cell.id] = self._pending[cell.id] = status
+                self._refused.pop(cell.id, None)
                 self._changed.notify()
 
     def close(self) -> None:
         """Post what is left, for `DRAIN_S` at most."""
         with self._changed:
             self._closing = True
+            self._pending |= self._refused
             self._changed.notify()
         self._thread.join(DRAIN_S)
-        if self._thread.is_alive():
-            say(f"note: {len(self._pending)} statuses could not be posted in time")
+        with self._changed:
+            left = len(self._pending) + self._in_hand
+        if left:
+            say(f"note: {left} {'status' if left == 1 else 'statuses'} could not be posted in time")
 
     def _work(self) -> None:
         complained = False
@@ -86,10 +95,18 @@ class Poster:
                     self._changed.wait()
                 if not self._pending:
                     return
-                status = self._pending.pop(next(iter(self._pending)))
+                cell = next(iter(self._pending))
+                status = self._pending.pop(cell)
+                self._in_hand = 1
+            fault = ""
             try:
                 post_status(self._forge, status)
             except UenvError as error:
-                if not complained:
-                    say(f"note: {error.message}")
-                complained = True
+                fault = error.message
+            with self._changed:
+                self._in_hand = 0
+                if fault and self._said.get(cell) == status:
+                    self._refused[cell] = status
+            if fault and not complained:
+                say(f"note: {fault}")
+            complained = complained or bool(fault)

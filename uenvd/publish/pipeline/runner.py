@@ -95,9 +95,10 @@ class Runner:
                     return
                 self._skip()
                 began = self._start()
-                self._observe()
+                ended = self._observe()
                 self._tick()
-                if not all(one.state.final for one in self.all):
+                # What ended makes room, and lets the next stage begin: at once.
+                if not ended and not all(one.state.final for one in self.all):
                     self._executor.wait(_FAST_S if began else min(1.0, self._executor.poll_s))
         except BaseException:
             self._stop("the run was broken off")
@@ -155,14 +156,15 @@ class Runner:
             self._change(one, State.QUEUED if self._executor.queues else State.RUNNING)
         return began
 
-    def _observe(self) -> None:
+    def _observe(self) -> bool:
+        """Look where the jobs are; tell whether one came to its end."""
         active = {
             one.job: one
             for one in self.all
             if one.job is not None and one.state in (State.QUEUED, State.RUNNING)
         }
         if not active:
-            return
+            return False
         states = self._executor.states({job: one.task for job, one in active.items()})
         for job, one in active.items():
             state = states[job]
@@ -174,6 +176,7 @@ class Runner:
                 if one.state is State.QUEUED and not state.reason:
                     continue
                 self._change(one, State.QUEUED, state.reason)
+        return any(one.state.final for one in active.values())
 
     def _conclude(self, one: Progress, state: JobState) -> None:
         """Say what came of a job that has ended: by its result, else by what the registry has, else by how it ended."""

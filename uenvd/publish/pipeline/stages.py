@@ -15,24 +15,23 @@ from pathlib import Path
 from typing import Final
 
 from uenvd.errors import DeployRefused, ManifestError, NotFound, UenvError, UnknownLabel
-from uenvd.oci.attach import META_TYPE, attach, directory_content
 from uenvd.oci.files import locked
 from uenvd.oci.index import read_index
 from uenvd.oci.reference import repository_of
 from uenvd.oci.remote import Progress, Remote, no_progress
 from uenvd.publish.build import Built, build
-from uenvd.publish.deploy import deploy_image
+from uenvd.publish.built import publish_built
+from uenvd.publish.explain import why_not_there
 from uenvd.publish.gate import check_tested
 from uenvd.publish.options import BUILD, DEPLOY
 from uenvd.publish.pipeline.identity import build_environment, content_tag, expanded
 from uenvd.publish.pipeline.tasks import Failure, StageResult
 from uenvd.publish.plan import Cell, Stage
-from uenvd.publish.provenance import attach_evidence
-from uenvd.publish.push import Target, check_free, give_tag, prepare_image, upload_blobs
+from uenvd.publish.push import Target, give_tag
 from uenvd.publish.recipe import Recipe, load_recipe
+from uenvd.publish.release import Order, release
 from uenvd.publish.testing import Tested, Wishes, examine, require_pass
 
-META_TITLE: Final = "meta"
 IMAGES: Final = "images"
 """Directory of built images below the working directory, one for each content tag."""
 _BUILD_PATIENCE_S: Final = 8 * 3600.0
@@ -51,10 +50,8 @@ class Work:
     cache: Path | None = None
     pipeline: str | None = None
     """One more tag for what is built."""
-    release: str | None = None
-    """Tag to deploy under."""
-    move_latest: bool = True
-    waiver: str | None = None
+    order: Order | None = None
+    """How to release; None: nothing is released."""
     retest: bool = False
     """Whether an image whose report passes is tested all the same."""
     say: Say = field(default=lambda _text: None)
@@ -80,23 +77,17 @@ def build_stage(work: Work, cell: Cell) -> StageResult:
             manifest = work.remote.manifest(place, digest)
             give_tag(work.remote, place, work.pipeline, manifest.raw, manifest.media_type)
         return StageResult(cell.id, "build", place, tag, digest, True, time.monotonic() - began_s)
+    for reason in why_not_there(
+        recipe, work.remote, place, environment=expanded(build_environment(cell), os.environ)
+    ):
+        work.say(f"because {reason}")
     built = _build(work, recipe, cell, tag)
-    image = prepare_image(built.image, place, hashing=work.hashing)
     tags = [tag] if work.pipeline is None else [work.pipeline, tag]
-    for one in tags:
-        check_free(work.remote, place, one, image.digest, False)
-    upload_blobs(work.remote, place, image, work.pushing)
-    work.remote.push_manifest(place, None, image.raw)
-    attach(work.remote, place, image.digest, META_TYPE, [directory_content(built.meta_dir, META_TITLE)])
-    attach_evidence(
-        work.remote, place, image.digest, image=built.image, meta_dir=built.meta_dir, log=built.log
-    )
-    for one in tags:
-        give_tag(work.remote, place, one, image.raw)
-    for note in image.notes:
+    done = publish_built(work.remote, place, built, tags, hashing=work.hashing, pushing=work.pushing)
+    for note in done.notes:
         work.say(f"note: {note}")
-    size = f"{image.layer.size_bytes / 1e6:.1f} MB"
-    return StageResult(cell.id, "build", place, tag, image.digest, False, time.monotonic() - began_s, size)
+    size = f"{done.size_bytes / 1e6:.1f} MB"
+    return StageResult(cell.id, "build", place, tag, done.digest, False, time.monotonic() - began_s, size)
 
 
 def _build(work: Work, recipe: Recipe, cell: Cell, tag: str) -> Built:
@@ -152,9 +143,9 @@ def test_stage(work: Work, cell: Cell, wishes: Wishes) -> tuple[StageResult, Tes
 
 
 def deploy_stage(work: Work, cell: Cell) -> StageResult:
-    """Release the image under ``work.release``. Raises `DeployRefused`, and what `deploy_image` raises."""
+    """Release the image as ``work.order`` says. Raises `DeployRefused`, and what `release` raises."""
     began_s = time.monotonic()
-    assert work.release is not None
+    assert work.order is not None
     _recipe, tag = identify(cell)
     place = repository(cell)
     digest = find_digest(work.remote, place, tag)
@@ -162,20 +153,12 @@ def deploy_stage(work: Work, cell: Cell) -> StageResult:
         raise UnknownLabel(
             f"{place} has no image of this recipe ({tag})", hint="build and test it first: --stage build"
         )
-    result = StageResult(cell.id, "deploy", place, tag, digest, True, 0.0, f":{work.release}")
-    if released_before(work.remote, cell, digest, work.release):
+    result = StageResult(cell.id, "deploy", place, tag, digest, True, 0.0, f":{work.order.tag}")
+    if released_before(work.remote, cell, digest, work.order.tag):
         return replace(result, seconds=time.monotonic() - began_s)
-    done = deploy_image(
-        work.remote,
-        Target(place, digest),
-        work.release,
-        waiver=work.waiver,
-        move_latest=work.move_latest,
-        progress=work.copying,
-        say=work.say,
+    release(
+        work.remote, Target(place, digest), work.order, action="deploy", progress=work.copying, say=work.say
     )
-    for note in done.notes:
-        work.say(f"note: {note}")
     return replace(result, reused=False, seconds=time.monotonic() - began_s)
 
 
@@ -244,10 +227,9 @@ def survey(
         remark = None if work.retest else passed_before(work.remote, place, digest)
         if remark is not None:
             found.append(StageResult(cell.id, "test", place, tag, digest, True, 0.0, remark))
-            if work.release is not None and released_before(work.remote, cell, digest, work.release):
-                found.append(
-                    StageResult(cell.id, "deploy", place, tag, digest, True, 0.0, f":{work.release}")
-                )
+            order = work.order
+            if order is not None and released_before(work.remote, cell, digest, order.tag):
+                found.append(StageResult(cell.id, "deploy", place, tag, digest, True, 0.0, f":{order.tag}"))
         return found
 
     with ThreadPoolExecutor(_SURVEYORS) as pool:

@@ -36,6 +36,7 @@ class JobOptions:
         image: the container image of the jobs.
         runners: tags (GitLab) or labels (GitHub) of the runners of clusters that name none.
         site: first part of the status contexts.
+        policy: the file with what releases must fulfil, relative to the repository's root.
 
     """
 
@@ -47,6 +48,7 @@ class JobOptions:
     image: str | None = None
     runners: tuple[str, ...] = ()
     site: str = DEFAULT_SITE
+    policy: str | None = None
 
 
 def stages_of(cell: Cell, options: JobOptions) -> tuple[Stage, ...]:
@@ -71,6 +73,8 @@ def command(stage: Stage, executor: str, cell: str, options: JobOptions) -> list
         words += ["--junit", JUNIT_FILE]
     if stage == "deploy" and options.deploy is not None:
         words += ["--deploy", options.deploy]
+        if options.policy is not None:
+            words += ["--policy", options.policy]
     return words
 
 

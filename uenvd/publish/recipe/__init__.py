@@ -5,7 +5,9 @@ from uenvd.publish.recipe.model import (
     Environment,
     PythonBuild,
     Recipe,
+    SourceBuild,
+    SourcePackage,
     View,
 )
 
-__all__ = ["Environment", "PythonBuild", "Recipe", "View", "load_recipe"]
+__all__ = ["Environment", "PythonBuild", "Recipe", "SourceBuild", "SourcePackage", "View", "load_recipe"]

@@ -8,6 +8,7 @@ from typing import Final
 import yaml
 
 from uenvd import yamlfile as y
+from uenvd.publish.recipe.common import file_name
 from uenvd.publish.recipe.model import Environment, View
 
 LIST_VARIABLES: Final = frozenset(
@@ -48,14 +49,6 @@ def named(document: y.Section, name: str) -> y.Section:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         document.fail(name, "is no name for an environment (letters, digits, '_', '.', '-')")
     return document.section(name)
-
-
-def file_name(node: yaml.Node) -> str:
-    """Convert the name of a file of the recipe. Raises ValueError."""
-    value = y.text(node)
-    if value.startswith("/") or ".." in value.split("/"):
-        raise ValueError(f"{value!r} is no file of the recipe")
-    return value
 
 
 def views(environment: y.Section) -> tuple[View, ...]:

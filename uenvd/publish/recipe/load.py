@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final
+from typing import Final, cast, get_args
 
 import yaml
 
 from uenvd import yamlfile as y
 from uenvd.errors import ConfigError, RecipeError, UsageError
 from uenvd.publish.recipe import environments, stackinator
-from uenvd.publish.recipe.lockfile import read_interpreter_lock, read_requirements
+from uenvd.publish.recipe.lockfile import read_interpreter_lock, read_requirements, read_sources
 from uenvd.publish.recipe.model import (
     DEFAULT_MOUNT,
     Builder,
     Environment,
     PythonBuild,
     Recipe,
+    SourceBuild,
 )
 from uenvd.publish.recipe.python import OUR_FORMAT, python_build
+from uenvd.publish.recipe.source import SOURCE_FORMAT, for_source, source_build
 from uenvd.publish.reframe.environments import TestEnvironment, parse_environments
 from uenvd.views import clean_mount
 
@@ -27,8 +29,18 @@ DIALECT: Final = y.Dialect(RecipeError, "docs/recipes.md")
 MAX_FILE_BYTES: Final = 1 << 20
 
 
-def load_recipe(directory: Path) -> Recipe:
-    """Read and check a recipe. Raises `UsageError` if there is none, `RecipeError` for what is wrong in it."""
+def load_recipe(directory: Path, *, version: str | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        directory: the recipe's.
+        version: of the image; None: the directory's name.
+
+    Raises:
+        UsageError: there is no recipe.
+        RecipeError: for what is wrong in it.
+
+    """
     directory = directory.absolute()
     if not directory.is_dir():
         raise UsageError(
@@ -43,24 +55,32 @@ def load_recipe(directory: Path) -> Recipe:
     config = _document(directory, "config.yaml")
     builder: Builder = config.take("builder", _builder, "stackinator")
     name = config.need("name", y.word)
-    version = _version(directory, name)
+    version = version or _version(directory, name)
     mount = config.take("store", _mount, DEFAULT_MOUNT)
     description: str | None = config.take("description", _optional_text, None)
     default_view: str | None = config.take("default-view", _optional_text, None)
     python: PythonBuild | None = None
+    source: SourceBuild | None = None
     compilers: tuple[str, ...] = ()
+    if builder != "stackinator" and (directory / "compilers.yaml").exists():
+        raise RecipeError(
+            f"{directory / 'compilers.yaml'}:1: is for the builder 'stackinator', and config.yaml says 'builder: {builder}'",
+            hint=f"remove the file, or the line  builder: {builder}  from config.yaml",
+        )
     if builder == "python":
         python = python_build(config)
         config.end()
         recipe_format = OUR_FORMAT
-        if (directory / "compilers.yaml").exists():
-            raise RecipeError(
-                f"{directory / 'compilers.yaml'}:1: the builder 'python' has no compilers: everything comes as wheels",
-                hint="remove the file, or the line  builder: python  from config.yaml",
-            )
         found = environments.for_python(_document(directory, "environments.yaml"))
         _check_locks(directory, python, found)
+    elif builder == "source":
+        source = source_build(config)
+        config.end()
+        recipe_format = SOURCE_FORMAT
+        found = for_source(_document(directory, "environments.yaml"))
+        _check_sources(directory, source, found)
     else:
+        stackinator.refuse_others(config)
         compilers_file = _document(directory, "compilers.yaml")
         environments_file = _document(directory, "environments.yaml")
         generation = stackinator.generation(config, compilers_file)
@@ -72,7 +92,7 @@ def load_recipe(directory: Path) -> Recipe:
     tests = _tests(directory, found)
     return Recipe(
         directory, name, version, builder, recipe_format, mount, description or "", default_view, compilers, found, tests,
-        python,
+        python, source,
     )  # fmt: skip
 
 
@@ -94,11 +114,10 @@ def _read(path: Path) -> str:
 
 def _builder(node: yaml.Node) -> Builder:
     value = y.text(node)
-    if value == "python":
-        return "python"
-    if value == "stackinator":
-        return "stackinator"
-    raise ValueError(f"{value!r} is no builder; there are: python, stackinator")
+    for known in get_args(Builder):
+        if value == known:
+            return cast("Builder", known)
+    raise ValueError(f"{value!r} is no builder; there are: {', '.join(sorted(get_args(Builder)))}")
 
 
 def _mount(node: yaml.Node) -> str:
@@ -156,6 +175,26 @@ def _check_locks(directory: Path, python: PythonBuild, found: tuple[Environment,
                     + f" in {environment.requirements}",
                     hint="the lock file has every wheel, one  name==version --hash=sha256:...  a line",
                 )
+
+
+def _check_sources(directory: Path, source: SourceBuild, found: tuple[Environment, ...]) -> None:
+    """See that the lock files can be read, and that what the packages name is there."""
+    if source.toolchain is not None:
+        read_interpreter_lock(directory / source.toolchain)
+    pinned = {one.file for one in read_sources(directory / source.sources)}
+    path = directory / "environments.yaml"
+    for environment in found:
+        for package in environment.packages:
+            if package.source not in pinned:
+                raise RecipeError(
+                    f"{path}:{package.line}: {environment.name}: {package.name}: {package.source} is not in {source.sources}",
+                    hint=f"uenvd-publish lock {directory} --source URL  adds it",
+                )
+            for file in (*package.patches, *([package.script] if package.script else [])):
+                if not (directory / file).is_file():
+                    raise RecipeError(
+                        f"{path}:{package.line}: {environment.name}: {package.name}: the recipe has no file {file}"
+                    )
 
 
 def _canonical(name: str) -> str:

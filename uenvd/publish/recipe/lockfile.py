@@ -1,9 +1,11 @@
-"""Lock files of a recipe: the exact inputs of the builder ``python``, each with its SHA-256.
+"""Lock files of a recipe: the exact inputs of a build, each with its SHA-256.
 
 ``interpreter.lock``     one Debian package a line:   name=version  architecture  sha256:<64 hex digits>
+``toolchain.lock``       the same
 ``requirements.lock``    pip's format, one or more hashes for each:   name==version --hash=sha256:<64 hex digits>
+``sources.lock``         one file a line, and where it may be had:   file  sha256:<64 hex digits>  https://...  debian:name=version
 
-In both ``#`` begins a comment.
+In all ``#`` begins a comment.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ _PACKAGE: Final = re.compile(
 _REQUIREMENT: Final = re.compile(
     r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.+!_-]+)(?P<hashes>(\s+--hash=\S+)+)"
 )
+_SOURCE: Final = re.compile(
+    r"(?P<file>[A-Za-z0-9][A-Za-z0-9.+_~-]*)\s+sha256:(?P<sha256>[0-9a-f]{64})(?P<places>(\s+\S+)+)"
+)
+_PLACE: Final = re.compile(r"https?://[^\s@]+|file:///\S+|debian:[a-z0-9][a-z0-9+.-]+=[A-Za-z0-9.+:~-]+")
 _HASH: Final = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 
 
@@ -38,6 +44,40 @@ class Package(NamedTuple):
     def file_name(self) -> str:
         """What apt calls the file: a colon of the version is escaped."""
         return f"{self.name}_{self.version.replace(':', '%3a')}_{self.architecture}.deb"
+
+
+class SourceFile(NamedTuple):
+    """A pinned file of source code."""
+
+    file: str
+    sha256: str
+    """64 hexadecimal digits."""
+    places: tuple[str, ...]
+    """Where it may be had, tried in this order: addresses, and ``debian:SOURCE=VERSION`` for a file of a Debian source package."""
+
+
+def read_sources(path: Path) -> tuple[SourceFile, ...]:
+    """Read the pinned source files. Raises `RecipeError`."""
+    found: dict[str, SourceFile] = {}
+    for line, text in _lines(path, r"(^|\s)#(\s.*|$)"):
+        match = _SOURCE.fullmatch(text)
+        places = tuple(match["places"].split()) if match else ()
+        if match is None or not all(_PLACE.fullmatch(place) for place in places):
+            raise RecipeError(
+                f"{path}:{line}: {text.split()[0][:60]}: is no  file sha256:<64 digits> https://... or debian:name=version",
+                hint="uenvd-publish lock RECIPE --source https://...  writes such a file",
+            )
+        if match["file"] in found:
+            raise RecipeError(f"{path}:{line}: {match['file']}: is given twice")
+        found[match["file"]] = SourceFile(match["file"], match["sha256"], places)
+    return tuple(found.values())
+
+
+def format_sources(files: Iterable[SourceFile], comment: str) -> str:
+    """Return the text of a lock file of sources."""
+    lines = [f"# {line}".rstrip() for line in comment.splitlines()]
+    lines += [f"{one.file} sha256:{one.sha256} {' '.join(one.places)}" for one in files]
+    return "\n".join(lines) + "\n"
 
 
 def read_interpreter_lock(path: Path) -> tuple[Package, ...]:
@@ -105,14 +145,14 @@ def _requirement_lines(path: Path) -> Iterator[tuple[int, str]]:
         )
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, comment: str = r"(^|\s)#.*") -> Iterator[tuple[int, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file, and the builder python needs it") from None
+        raise RecipeError(f"{path}: no such file, and the recipe's builder needs it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     for number, raw in enumerate(text.splitlines(), 1):
-        line = re.sub(r"(^|\s)#.*", "", raw).strip()
+        line = re.sub(comment, "", raw).strip()
         if line:
             yield number, line

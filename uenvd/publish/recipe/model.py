@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from uenvd.publish.reframe.environments import TestEnvironment
 
-Builder = Literal["stackinator", "python"]
+Builder = Literal["stackinator", "python", "source"]
 
 DEFAULT_MOUNT: Final = "/user-environment"
 EPOCH_S: Final = 315_576_060
@@ -40,6 +40,36 @@ class View:
 
 
 @dataclass(frozen=True)
+class SourcePackage:
+    """One package that the builder ``source`` compiles."""
+
+    name: str
+    line: int
+    version: str
+    source: str
+    """File of sources.lock: a tarball, or the ``.dsc`` of a Debian source package."""
+    system: str
+    """``configure``, ``cmake``, ``meson``, ``make`` or ``script``."""
+    directory: str = "."
+    """Where in the unpacked source."""
+    patches: tuple[str, ...] = ()
+    """Files of the recipe."""
+    options: tuple[str, ...] = ()
+    """For configure, cmake, meson."""
+    make: tuple[str, ...] = ()
+    """Targets and variables for what compiles."""
+    install: tuple[str, ...] = ("install",)
+    """The same for what installs."""
+    check: tuple[str, ...] = ()
+    """Targets that are run between the two; empty: none."""
+    environment: tuple[tuple[str, str], ...] = ()
+    script: str = ""
+    """Program of the recipe, for ``script``."""
+    jobs: int = 0
+    """Processes at a time; 0: one for each processor."""
+
+
+@dataclass(frozen=True)
 class Environment:
     """A set of packages that are installed together, and the views of it."""
 
@@ -52,6 +82,8 @@ class Environment:
     views: tuple[View, ...] = ()
     requirements: str = "requirements.lock"
     """File of pinned wheels, for the ``python`` builder."""
+    packages: tuple[SourcePackage, ...] = ()
+    """For the ``source`` builder, in the order in which they are built."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +100,25 @@ class PythonBuild:
     """Patterns of files below the interpreter that are not wanted in the image."""
     imports: tuple[str, ...] = ()
     """Modules that must be importable in the finished image."""
+    memory_bytes: int = 0
+    """What a build needs, where the recipe says it; 0: it is estimated."""
+
+
+@dataclass(frozen=True)
+class SourceBuild:
+    """The section ``source:`` of config.yaml."""
+
+    toolchain: str | None = "toolchain.lock"
+    """File of pinned Debian packages: compilers and every other program of the build; None: those of the machine that builds."""
+    sources: str = "sources.lock"
+    date_s: int = EPOCH_S
+    """Time stamp of everything in the image, seconds since the epoch."""
+    host_libraries: tuple[str, ...] = ()
+    """Sonames, with ``*`` as in a shell, that the image may take from its host beside glibc."""
+    strip: bool = True
+    """Whether debugging symbols are taken out."""
+    memory_bytes: int = 0
+    """What a build needs, where the recipe says it; 0: it is estimated."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +140,19 @@ class Recipe:
     tests: tuple[TestEnvironment, ...]
     """``extra/reframe.yaml``; empty when there is none."""
     python: PythonBuild | None
+    source: SourceBuild | None = None
+
+    @property
+    def date_s(self) -> int:
+        """Return the time stamp of everything in the image, seconds since the epoch."""
+        ours = self.python or self.source
+        return ours.date_s if ours else EPOCH_S
+
+    @property
+    def host_libraries(self) -> tuple[str, ...]:
+        """Return the libraries that the image may take from its host beside glibc."""
+        ours = self.python or self.source
+        return ours.host_libraries if ours else ()
 
     @property
     def label(self) -> str:

@@ -26,6 +26,13 @@ _OLD_COMPILER = {
 }
 
 
+def refuse_others(config: y.Section) -> None:
+    """Refuse the sections of other builders."""
+    for key in ("python", "source"):
+        if key in config:
+            config.fail(key, f"is for the builder {key}", hint=f"add the line  builder: {key}")
+
+
 def generation(config: y.Section, compilers_file: y.Section) -> int:
     """Return the recipe's format, 1..3, by ``version:`` and by the keys that only one has."""
     stated: int | None = config.take("version", _format, None)
@@ -67,8 +74,6 @@ def describe(config: y.Section, generation: int, found: tuple[Environment, ...])
 
 def check_config(config: y.Section, generation: int) -> None:
     """Check the keys of config.yaml that are Stackinator's own."""
-    if "python" in config:
-        config.fail("python", "is for the builder python", hint="add the line  builder: python")
     spack = config.section("spack")
     spack.need("repo", y.text)
     spack.take("commit", _optional_text, None)

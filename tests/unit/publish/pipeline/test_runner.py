@@ -78,8 +78,11 @@ class Scripted:
     def cancel(self, jobs: Mapping[str, Task]) -> None:
         self.cancelled += jobs
 
+    waits: int = 0
+
     def wait(self, seconds: float) -> None:
         del seconds
+        self.waits += 1
 
     def close(self) -> None:
         return
@@ -111,6 +114,15 @@ def test_all_pass_in_order(queues: bool) -> None:
     assert exit_status(one.all, 104, None) == 0
     if queues:
         assert ("test-a/1-alpha/zen3", "build-a/1-alpha/zen3") in executor.started
+
+
+def test_the_next_stage_begins_when_one_has_ended() -> None:
+    """Each stage here runs for one question: it is waited for once, and nothing waits between two stages."""
+    executor = Scripted()
+    one = runner(executor, ["a"])
+    one.run()
+    assert set(states(one).values()) == {State.PASSED}
+    assert executor.waits == len(STAGES)
 
 
 @pytest.mark.parametrize("queues", [False, True])

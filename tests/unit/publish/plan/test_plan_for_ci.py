@@ -105,7 +105,7 @@ def test_the_jobs_of_gitlab(plan: Plan) -> None:
 def test_the_commands_exist(plan: Plan) -> None:
     parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
     run_command.add_arguments(parser)
-    options = JobOptions(recipes="my recipes", deploy="v1")
+    options = JobOptions(recipes="my recipes", deploy="v1", policy="ci/policy.yaml")
     for name, job in gitlab_jobs(gitlab_pipeline(plan, options)).items():
         (script,) = job["script"]
         words = shlex.split(script)
@@ -113,6 +113,7 @@ def test_the_commands_exist(plan: Plan) -> None:
         asked = parser.parse_args(words[2:])
         assert f"{asked.stage}-{asked.cell}" == name
         assert asked.recipes == Path("my recipes")
+        assert asked.policy == (Path("ci/policy.yaml") if asked.stage == "deploy" else None)
     for job in yaml.safe_load(github_workflow(plan, options))["jobs"].values():
         (run,) = (step["run"] for step in job["steps"] if "uenvd-publish run" in step.get("run", ""))
         row = job["strategy"]["matrix"]["include"][0]

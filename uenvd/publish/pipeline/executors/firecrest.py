@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from uenvd.errors import ConfigError, DispatchFailed, ResourceMissing
@@ -30,6 +31,7 @@ from uenvd.publish.pipeline.files import JobFiles
 from uenvd.publish.pipeline.tasks import Task
 from uenvd.publish.pipeline.waiting import Waker
 from uenvd.publish.plan import Plan
+from uenvd.publish.provenance import ci_variables
 from uenvd.publish.recipe.model import NOT_PART_OF_A_RECIPE
 
 POLL_S: Final = 10.0
@@ -41,6 +43,8 @@ RATE_LIMIT_RETRIES: Final = 5
 MAX_SCRIPT_BYTES: Final = 3 << 20
 """slurmctld takes scripts of 4 MiB (max_script_size)."""
 _MAX_LOG_BYTES: Final = 256 << 10
+NOT_LISTED_S: Final = 120.0
+"""How long a job may be unknown after it was submitted: FirecREST asks Slurm's accounting, which learns of jobs a little later."""
 _CANCEL_S: Final = 60.0
 _VARIABLES: Final = ("FIRECREST_URL", "AUTH_TOKEN_URL", "FIRECREST_CLIENT_ID", "FIRECREST_CLIENT_SECRET")
 _QUEUED: Final = ("PENDING", "REQUEUED", "CONFIGURING", "SPECIAL_EXIT")
@@ -52,7 +56,8 @@ _LOG: Final = "messages.log"
 class FirecrestExecutor:
     """Implements `Executor`.
 
-    ``client`` is a ``firecrest.v2.Firecrest``; ``words(task, place)`` are those of the stage's command when the configuration is at ``place``.
+    ``client`` is a ``firecrest.v2.Firecrest``; ``words(task, place)`` are those of the stage's command when the configuration is at ``place``;
+    ``extras`` are further files that are put there, by their names there; ``environ`` is what the run knows of its CI job.
     """
 
     name = "firecrest"
@@ -71,8 +76,14 @@ class FirecrestExecutor:
         system: str | None = None,
         options: Sequence[str] = (),
         poll_s: float = POLL_S,
+        extras: Mapping[str, Path] = MappingProxyType({}),
+        environ: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.poll_s = poll_s
+        self._extras = dict(extras)
+        self._exports = [
+            f"export {name}={shlex.quote(value)}" for name, value in ci_variables(environ).items()
+        ]
         self._client = client
         self._plan = plan
         self._files = files
@@ -84,6 +95,8 @@ class FirecrestExecutor:
         self._options = tuple(options)
         self._reached_s = time.monotonic()
         self._ended: dict[str, JobState] = {}
+        self._new: dict[str, float] = {}
+        """When the jobs were submitted that FirecREST has not listed yet; monotonic."""
 
     # A job's name at this executor is its number with its cluster, for clusters number their jobs each for itself.
 
@@ -116,7 +129,7 @@ class FirecrestExecutor:
             task,
             [*self._remote_command.split(), *self._words(task, inputs)],
             options,
-            before=unpack_lines(pack(self._plan, task), inputs),
+            before=[*self._exports, *unpack_lines(pack(self._plan, task, self._extras), inputs)],
         )
         if len(script) > MAX_SCRIPT_BYTES:
             raise DispatchFailed(
@@ -125,7 +138,9 @@ class FirecrestExecutor:
             )
         self._ask("make a directory", lambda: self._client.mkdir(system, place, create_parents=True))
         answer = self._ask("submit a job", lambda: self._client.submit(system, place, script_str=script))
-        return f"{system}:{answer['jobId']}"
+        job = f"{system}:{answer['jobId']}"
+        self._new[job] = time.monotonic()
+        return job
 
     def states(self, jobs: Mapping[str, Task]) -> Mapping[str, JobState]:
         """Return the states of jobs. Raises `DispatchFailed` when there was no answer for `PATIENCE_S`."""
@@ -147,8 +162,16 @@ class FirecrestExecutor:
 
     def _state(self, job: str, said: Mapping[str, Any] | None) -> JobState:
         if said is None:
-            said = self._one(job)
+            try:
+                said = self._one(job)
+            except DispatchFailed as error:
+                # No answer says nothing of the job: it may still run.
+                return JobState(Phase.QUEUED, None, error.message)
+        if said is not None:
+            self._new.pop(job, None)
         if said is None:
+            if time.monotonic() - self._new.get(job, float("-inf")) < NOT_LISTED_S:
+                return JobState(Phase.QUEUED, None, "FirecREST does not list it yet")
             state = JobState(Phase.ENDED, None, "FirecREST does not know the job any more")
         elif (phase := _phase(said)) is not Phase.ENDED:
             reason = str(said["status"].get("stateReason") or "")
@@ -161,12 +184,19 @@ class FirecrestExecutor:
         return state
 
     def _one(self, job: str) -> Mapping[str, Any] | None:
-        """Ask for one job that is not in the list any more."""
+        """Ask for one job that is not in the list any more; None where FirecREST says that there is none. Raises `DispatchFailed`."""
+        import firecrest
+
+        def ask() -> Any:  # noqa: ANN401 -- JSON of the API
+            try:
+                return self._client.job_info(system, number)
+            except firecrest.FirecrestException as error:
+                if error.responses[-1].status_code == 404:
+                    return []
+                raise
+
         system, _colon, number = job.partition(":")
-        try:
-            listed = self._ask("ask for a job", lambda: self._client.job_info(system, number))
-        except DispatchFailed:
-            return None
+        listed = self._ask("ask for a job", ask)
         return next((one for one in listed if str(one["jobId"]) == number), None)
 
     def output(self, job: str, task: Task) -> Output:
@@ -248,6 +278,7 @@ def firecrest_executor(
     waker: Waker,
     words: Callable[[Task, str], Sequence[str]],
     arguments: argparse.Namespace,
+    extras: Mapping[str, Path],
 ) -> FirecrestExecutor:
     """Return the executor that options and environment describe. Raises `ResourceMissing` without pyfirecrest, `ConfigError`."""
     try:
@@ -283,12 +314,17 @@ def firecrest_executor(
         command=arguments.remote_command,
         system=arguments.remote_system,
         options=arguments.sbatch_option,
+        extras=extras,
+        environ=os.environ,
         **({} if arguments.poll is None else {"poll_s": arguments.poll}),
     )
 
 
-def pack(plan: Plan, task: Task) -> bytes:
-    """Return a gzipped tar archive of the configuration and the cell's recipe, with links to files outside of it followed; equal for equal files."""
+def pack(plan: Plan, task: Task, extras: Mapping[str, Path] = MappingProxyType({})) -> bytes:
+    """Return a gzipped tar archive of the configuration, the cell's recipe, with links to files outside of it followed, and ``extras``.
+
+    Equal for equal files.
+    """
     buffer = io.BytesIO()
     recipe = task.cell.recipe
     base = posixpath.join("recipes", task.cell.name, recipe_path(task))
@@ -309,6 +345,8 @@ def pack(plan: Plan, task: Task) -> bytes:
         member.size = len(text)
         archive.addfile(member, io.BytesIO(text))
         archive.add(recipe, base, filter=plain)
+        for name, path in extras.items():
+            archive.add(path, name, filter=plain)
     return gzip.compress(buffer.getvalue(), mtime=0)
 
 

@@ -20,6 +20,7 @@ from uenvd.publish.pipeline.executors.script import COMMENT_PREFIX, batch_script
 from uenvd.publish.pipeline.files import JobFiles
 from uenvd.publish.pipeline.tasks import Task
 from uenvd.publish.pipeline.waiting import Waker
+from uenvd.publish.provenance import ci_variables
 from uenvd.publish.reframe.session import login_environ
 
 POLL_S: Final = 5.0
@@ -66,6 +67,7 @@ class SlurmExecutor:
         self._waker = waker
         self._options = tuple(options)
         kept = {name: value for name, value in environ.items() if name in _STAYS or name.startswith("UENVD_")}
+        kept |= ci_variables(environ)
         self._environ = {**login_environ(environ), **kept, "PATH": environ.get("PATH", os.defpath)}
         self._reached_s = time.monotonic()
         self._ended: dict[str, JobState] = {}

@@ -61,13 +61,14 @@ class SparsePoisson(rfm.RunOnlyRegressionTest):
 
 @rfm.simple_test
 class VirtualEnvironment(rfm.RunOnlyRegressionTest):
-    """Users add packages of their own: ``python -m venv`` works on top of the image and stays with its interpreter."""
+    """Users add packages of their own: ``python -m venv`` works on top of the image, has its packages and stays with its interpreter."""
 
     descr = "python -m venv"
     valid_systems = ["*"]
     valid_prog_environs = ["+uenv +numpy"]
     executable = (
-        "python3 -m venv own && own/bin/python -c 'import sys; print(sys.prefix); print(sys.base_prefix)'"
+        "python3 -m venv --system-site-packages own && "
+        "own/bin/python -c 'import numpy, sys; print(sys.prefix, sys.base_prefix, numpy.__file__, sep=chr(10))'"
     )
     postrun_cmds = ["own/bin/python -m pip --version"]
     time_limit = "2m"
@@ -77,7 +78,8 @@ class VirtualEnvironment(rfm.RunOnlyRegressionTest):
         return sn.all(
             [
                 sn.assert_found(r"/own$", self.stdout),
-                sn.assert_found(r"^/user-environment/", self.stdout),
+                sn.assert_found(r"^/user-environment/python", self.stdout),
+                sn.assert_found(r"^/user-environment/env/default/.*/numpy/", self.stdout),
                 sn.assert_found(r"^pip \d+.* from .*/own/lib/", self.stdout),
             ]
         )

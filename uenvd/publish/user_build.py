@@ -1,0 +1,329 @@
+"""``uenvd-publish build DIR LABEL``: a scientist's own recipe becomes an image that only he can use, until he decides otherwise.
+
+By default nothing leaves the user's account: the image goes into an OCI image layout below ``$XDG_DATA_HOME`` that only he reads, and gets a
+file name that is its label (`uenvd.own`). Where the site has a namespace for each user in its registry, it goes there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import pwd
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from uenvd.errors import NotFound, StorageError, UsageError
+from uenvd.label import Label
+from uenvd.oci.files import storage_errors, write_atomically
+from uenvd.oci.index import LATEST
+from uenvd.oci.manifest import squashfs_layer
+from uenvd.oci.reference import parse_registry, repository_of
+from uenvd.oci.remote import Remote, open_remote
+from uenvd.own import (
+    FACTS_SUFFIX,
+    NAMESPACE,
+    SUFFIX,
+    Facts,
+    image_path,
+    images_directory,
+    store_directory,
+)
+from uenvd.publish.build import Site, build, builder_of, identity
+from uenvd.publish.build.inputs import default_cache
+from uenvd.publish.built import publish_built
+from uenvd.publish.console import reporter, say, show, show_json
+from uenvd.publish.options import (
+    BUILD,
+    DEPLOY,
+    need_system,
+    need_uarch,
+    open_registry,
+    parse_site_label,
+    system_of,
+    uarch_of,
+)
+from uenvd.publish.pipeline.identity import tag_of
+from uenvd.publish.pipeline.stages import find_digest, passed_before
+from uenvd.publish.push import Target, check_tag
+from uenvd.publish.recipe import Recipe, load_recipe
+from uenvd.publish.releases import refresh_repository
+from uenvd.publish.test import clean, tell
+from uenvd.publish.testing import Wishes, examine, require_pass
+
+USER_NAMESPACE_VARIABLE: Final = "UENVD_USER_NAMESPACE"
+"""A site's namespace for each user in its registry, with ``%u`` for the user's name: ``user-%u``. Unset: images stay in the user's account."""
+LAYOUT: Final = "oci"
+BUILDS: Final = "builds"
+ANY_SYSTEM: Final = "local"
+"""System in the local layout, where the user names none: it is his machine, whatever its name."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a user's image goes."""
+
+    remote: Remote
+    repository: str
+    label: Label
+    """With all parts that the repository has, and the tag, if one was said."""
+    images: Path | None
+    """Directory of image files; None in a registry."""
+
+    @property
+    def name(self) -> str:
+        """The label by which the image is asked for."""
+        label = self.label._replace(system=None, uarch=None)
+        return str(label if self.images is not None else self.label)
+
+
+def user_name() -> str:
+    """Return the user's name as the kernel and the user database know it. Raises `UsageError` for a user that has none."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError as error:
+        raise UsageError(f"the user {os.getuid()} has no name here") from error
+
+
+def user_namespace(pattern: str, user: str) -> str:
+    """Return a user's namespace. Raises `UsageError` for a pattern that would be the same for two users."""
+    if pattern.count("%u") != 1:
+        raise UsageError(
+            f"${USER_NAMESPACE_VARIABLE} is {pattern!r}, which does not hold %u", hint="for example user-%u"
+        )
+    return pattern.replace("%u", user)
+
+
+def place_of(arguments: argparse.Namespace, recipe: Recipe, environ: Mapping[str, str]) -> Place:
+    """Return where the image that the options name goes; the directories are made. Raises `UsageError`, `LabelError`, `StorageError`."""
+    label = parse_site_label(arguments, arguments.label)
+    if label.digest is not None or label.system == "*":
+        raise UsageError(
+            f"{arguments.label!r} is no label to build under", hint="name/version, or name/version:tag"
+        )
+    if label.name != recipe.name:
+        raise UsageError(
+            f"the recipe's name is {recipe.name!r}, not {label.name!r}",
+            hint=f"say {recipe.name}/{recipe.version}",
+        )
+    label = label._replace(version=recipe.version)
+    if label.tag is not None:
+        check_tag(label.tag)
+    if label.namespace in {BUILD, DEPLOY}:
+        raise UsageError(
+            f"{label.namespace!r} is for everybody: what is there goes through the site's pipeline",
+            hint=f"leave it out; the image is yours then, and is called {NAMESPACE}::{label.name}/{label.version}",
+        )
+    pattern = environ.get(USER_NAMESPACE_VARIABLE, "")
+    if label.namespace is None and pattern:
+        label = label._replace(namespace=user_namespace(pattern, user_name()))
+    if label.namespace not in {None, NAMESPACE}:
+        return _in_registry(arguments, label)
+    return _in_account(arguments, label, environ)
+
+
+def _in_registry(arguments: argparse.Namespace, label: Label) -> Place:
+    label = label._replace(
+        system=label.system or need_system(arguments), uarch=label.uarch or need_uarch(arguments)
+    )
+    return Place(open_registry(arguments), _repository(label), label, None)
+
+
+def _in_account(arguments: argparse.Namespace, label: Label, environ: Mapping[str, str]) -> Place:
+    label = label._replace(
+        namespace=NAMESPACE,
+        system=label.system or system_of(arguments) or ANY_SYSTEM,
+        uarch=label.uarch or uarch_of(arguments) or platform.machine(),
+    )
+    store = own_store(environ)
+    remote = open_remote(parse_registry(f"oci-layout:{store / LAYOUT}"))
+    return Place(remote, _repository(label), label, Path(images_directory(environ)))
+
+
+def _repository(label: Label) -> str:
+    return repository_of(
+        label.namespace or "", label.system or "", label.uarch or "", label.name or "", label.version or ""
+    )
+
+
+def own_store(environ: Mapping[str, str]) -> Path:
+    """Return the user's own store, which is made readable by nobody else. Raises `UsageError`, `StorageError`."""
+    name = store_directory(environ)
+    if not name:
+        raise UsageError("neither $XDG_DATA_HOME nor $HOME says where your own images are to be")
+    store = Path(name)
+    with storage_errors(store, "make"):
+        made = not store.exists()
+        store.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if made:
+            store.chmod(0o700)  # whatever the umask takes away
+        status = store.stat()
+    if status.st_uid != os.getuid():
+        raise StorageError(f"{store} belongs to another user", hint="name another directory: XDG_DATA_HOME")
+    if status.st_mode & 0o077:
+        say(f"note: others may look into {store}; to keep them out: chmod go= {store}")
+    return store
+
+
+def run(arguments: argparse.Namespace, site: Site) -> int:
+    """Build, publish in private, test, and name the image; its label and digest go to stdout."""
+    version = parse_site_label(arguments, arguments.label).version
+    recipe = load_recipe(arguments.recipe, version=version)
+    environ = os.environ
+    place = place_of(arguments, recipe, environ)
+    with closing(place.remote):
+        tag = content_tag(recipe, place.label)
+        digest = None if arguments.again else find_digest(place.remote, place.repository, tag)
+        if digest is not None:
+            say(f"{recipe.label} was built from the same recipe already (--again builds it anew)")
+        else:
+            digest = _build(arguments, site, recipe, place, tag, environ)
+        remark = passed_before(place.remote, place.repository, digest)
+        if arguments.no_tests:
+            remark = None
+        elif remark is None:
+            remark = _test(place, digest, environ)
+        _name(place, digest, remark)
+    say(_how_to_use(place))
+    if arguments.json:
+        show_json(
+            {
+                "label": place.name,
+                "digest": digest,
+                "registry": str(place.remote.address),
+                "repository": place.repository,
+                "file": None if place.images is None else str(_file(place)),
+                "tests": remark,
+            }
+        )
+    else:
+        show(f"{place.name} {digest}")
+    return 0
+
+
+def content_tag(recipe: Recipe, label: Label) -> str:
+    """Return the tag of what a recipe becomes for a machine: equal for equal inputs."""
+    builder = builder_of(recipe)
+    machine = "" if builder.pins_machine(recipe) else f"{label.system}/{label.uarch}"
+    return tag_of(recipe.fingerprint(), identity(builder), recipe.mount, {}, machine)
+
+
+def _build(
+    arguments: argparse.Namespace,
+    site: Site,
+    recipe: Recipe,
+    place: Place,
+    tag: str,
+    environ: Mapping[str, str],
+) -> str:
+    """Build and publish under the content tag; return the digest. After a failure the log stays."""
+    out = own_store(environ) / BUILDS / f"{recipe.name}-{recipe.version}"
+    say(f"building {recipe.label} ({recipe.format})")
+    built = build(
+        recipe,
+        out,
+        cache=arguments.cache or default_cache(),
+        say=lambda text: say(f"  {text}"),
+        again=arguments.again,
+        site=site,
+    )
+    done = publish_built(
+        place.remote,
+        place.repository,
+        built,
+        [] if arguments.again else [tag],
+        hashing=reporter("hashing"),
+        pushing=reporter("storing"),
+    )
+    if arguments.again:
+        # Built anew from the same inputs it can be another image: then this is the one from now on.
+        _retag(place, done.digest, tag)
+    for note in done.notes:
+        say(f"note: {note}")
+    shutil.rmtree(out, ignore_errors=True)
+    return done.digest
+
+
+def _test(place: Place, digest: str, environ: Mapping[str, str]) -> str:
+    """Test the image; return how many tests passed. Raises `TestsFailed`."""
+    base = own_store(environ) / BUILDS
+    base.mkdir(exist_ok=True)
+    workdir = Path(tempfile.mkdtemp(prefix="test-", dir=base)).resolve()
+    passing = False
+    try:
+        wishes = Wishes(workdir, through="file")
+        tested = examine(
+            place.remote, Target(place.repository, digest), wishes, say=say, progress=reporter("reading")
+        )
+        tell(tested)
+        passing = tested.passing
+    finally:
+        clean(workdir, keep=not passing)
+    require_pass(tested)
+    return str(tested.verdict)
+
+
+def _name(place: Place, digest: str, remark: str | None) -> None:
+    """Give the image its label; only now anybody finds it by that. A private label may move: sessions and jobs hold digests, or open files."""
+    for tag in dict.fromkeys((place.label.tag or LATEST, LATEST)):
+        _retag(place, digest, tag)
+    if place.images is None:
+        refresh_repository(place.remote, place.repository, say, fresh=[digest])
+        return
+    layer = squashfs_layer(place.remote.manifest(place.repository, digest)).digest
+    blob = Path(place.remote.address.path) / "blobs/sha256" / layer.removeprefix("sha256:")
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    facts = Facts(
+        digest,
+        place.label.system,
+        place.label.uarch,
+        now,
+        "passed" if remark is not None else "untested",
+        remark,
+    )
+    for file in dict.fromkeys((_file(place), _file(replace(place, label=place.label._replace(tag=None))))):
+        with storage_errors(file, "make"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            new = file.with_name(f".{file.name}.{os.getpid()}")
+            new.unlink(missing_ok=True)
+            try:
+                os.link(blob, new)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(blob, new)
+            new.rename(file)
+            # A rename between two names of one file does nothing, and leaves both.
+            new.unlink(missing_ok=True)
+            text = json.dumps(facts._asdict(), indent=1) + "\n"
+            write_atomically(
+                file.with_name(file.name.removesuffix(SUFFIX) + FACTS_SUFFIX), text.encode(), durable=False
+            )
+
+
+def _retag(place: Place, digest: str, tag: str) -> None:
+    manifest = place.remote.manifest(place.repository, digest)
+    try:
+        if place.remote.resolve(place.repository, tag) == digest:
+            return
+    except NotFound:
+        pass
+    place.remote.push_manifest(place.repository, tag, manifest.raw, manifest.media_type)
+
+
+def _file(place: Place) -> Path:
+    path = image_path(str(place.images), place.label)
+    assert path is not None
+    return Path(path)
+
+
+def _how_to_use(place: Place) -> str:
+    lines = [f"it is yours: {place.name}", f"  uenvctl start {place.name}", f"  srun --uenv={place.name} ..."]
+    if place.images is not None:
+        lines.append(f"  its file: {_file(place)}")
+    return "\n".join(lines)
