@@ -30,6 +30,12 @@ class Broken(io.StringIO):
         raise BrokenPipeError
 
 
+@pytest.fixture(autouse=True)
+def able_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
 def _event(done: Any, total: Any, message: str = "pulling app") -> dict[str, Any]:
     return {
         "event": "progress",
