@@ -84,15 +84,14 @@ class Schedule:
     def take(self, *, urgent_only: bool = False, alone: bool = False) -> Task | None:
         """Return the next bytes to fetch; None when everything is on disk or on its way. Pair with `give_back`.
 
+        ``urgent_only``: nothing but what was demanded. Who brings anything else gives way to demands, and must not be the one to bring them.
         ``alone``: no other connection is meant to help.
         """
         task = self._take_from(self._demands, URGENT_PIECE_BYTES, urgent=True)
-        if task is None:
+        if task is None and not urgent_only:
             task = self._take_from(self._hints, HINT_PIECE_BYTES, urgent=False)
-        if task is not None:
+        if task is not None or urgent_only or not self.fill:
             return task
-        if urgent_only or not self.fill:
-            return None
         gap = next(self._missing(0, self.size_bytes), None)
         if gap is None:
             return None

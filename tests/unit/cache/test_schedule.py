@@ -132,6 +132,14 @@ def test_every_byte_comes_once_whatever_happens() -> None:
         assert plan.complete and brought == size
 
 
+def test_who_is_there_for_demands_takes_no_hints() -> None:
+    plan = schedule()
+    plan.hint(40 * MB, 41 * MB)
+    assert plan.take(urgent_only=True) is None
+    hinted = plan.take()
+    assert hinted is not None and (hinted.at, hinted.urgent) == (40 * MB, False)
+
+
 def test_a_hint_comes_after_demands_and_before_the_rest_also_without_filling() -> None:
     plan = Schedule(64 * MB, Ranges(), piece_bytes=16 * MB, connections=4, fill=False)
     assert plan.take() is None
