@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,7 +172,9 @@ def test_a_stopped_daemon_with_a_full_backlog(tmp_path: Path) -> None:
 
 def test_a_listener_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    monkeypatch.setattr(client_module.struct, "unpack", lambda *_args: (7, 54321, 0))
+    # Not in the module itself: threads of pytest-xdist unpack messages with it.
+    foreign = SimpleNamespace(calcsize=struct.calcsize, unpack=lambda *_args: (7, 54321, 0))
+    monkeypatch.setattr(client_module, "struct", foreign)
     with (
         FakeDaemon(tmp_path / "control", {}) as daemon,
         pytest.raises(DaemonUnreachable, match="belongs to uid 54321"),
