@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,33 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> 
         time.sleep(0.05)
 
 
+@contextmanager
+def session_through(host: PrivateSystemd, name: str) -> Iterator[None]:
+    """A session that reads while the block runs, and has to end well after it."""
+    stop = host.directory / f"stop {name}"
+    session = host.popen(
+        "uenvctl", "run", "tools/1", "--", "bash", "-c", SESSION, "bash", stop, user="nobody"
+    )
+    try:
+        assert session.stdout is not None
+        assert session.stdout.readline() == "started\n"
+        yield
+        stop.touch()
+        output = session.communicate(timeout=60)[0]
+    finally:
+        session.kill()
+        session.wait()
+    assert (session.returncode, output) == (0, "done\n"), said(host)
+
+
+def wait_for_another(host: PrivateSystemd, before: str) -> None:
+    """Wait for a daemon that is not ``before``."""
+    until(
+        lambda: host.show("uenvd.service", "MainPID") not in (before, "0"),
+        "systemd starts the daemon again",
+    )
+
+
 def test_first_request_starts_the_daemon(host: PrivateSystemd) -> None:
     host.run("systemctl", "stop", "uenvd.service")
     assert host.show("uenvd.service", "ActiveState") == "inactive"
@@ -108,52 +136,22 @@ def test_first_request_starts_the_daemon(host: PrivateSystemd) -> None:
 
 def test_session_survives_restart_and_sudden_death_of_the_daemon(host: PrivateSystemd) -> None:
     use(host)
-    stop = host.directory / "stop"
-    session = host.popen(
-        "uenvctl", "run", "tools/1", "--", "bash", "-c", SESSION, "bash", stop, user="nobody"
-    )
-    try:
-        assert session.stdout is not None
-        assert session.stdout.readline() == "started\n"
+    with session_through(host, "restart"):
         assert host.run("systemctl", "restart", "uenvd.service").returncode == 0, said(host)
         use(host)
         before = host.show("uenvd.service", "MainPID")
         assert host.run("kill", "-9", before).returncode == 0
-        until(
-            lambda: host.show("uenvd.service", "MainPID") not in (before, "0"),
-            "systemd starts the daemon again",
-        )
+        wait_for_another(host, before)
         use(host)
-        stop.touch()
-        output = session.communicate(timeout=60)[0]
-    finally:
-        session.kill()
-        session.wait()
-    assert (session.returncode, output) == (0, "done\n")
 
 
 def test_session_survives_the_death_of_all_processes_of_uenvd(host: PrivateSystemd) -> None:
     """systemd keeps the connection and the requests in hand for the next daemon."""
-    stop = host.directory / "stop all"
-    session = host.popen(
-        "uenvctl", "run", "tools/1", "--", "bash", "-c", SESSION, "bash", stop, user="nobody"
-    )
-    try:
-        assert session.stdout is not None
-        assert session.stdout.readline() == "started\n"
+    with session_through(host, "all"):
         until(lambda: host.show("uenvd.service", "NFileDescriptorStore") != "0", "systemd keeps descriptors")
         before = host.show("uenvd.service", "MainPID")
         assert host.run("pkill", "-9", "-f", r"uenvd\.fuse|bin/uenvd --config").returncode == 0
-        until(
-            lambda: host.show("uenvd.service", "MainPID") not in (before, "0"),
-            "systemd starts the daemon again",
-        )
-        stop.touch()
-        output = session.communicate(timeout=60)[0]
-    finally:
-        session.kill()
-        session.wait()
-    assert (session.returncode, output) == (0, "done\n"), said(host)
+        wait_for_another(host, before)
     use(host)
 
 
@@ -161,10 +159,7 @@ def test_hung_daemon_is_replaced(host: PrivateSystemd) -> None:
     use(host)
     before = host.show("uenvd.service", "MainPID")
     host.run("kill", "-STOP", before)
-    until(
-        lambda: host.show("uenvd.service", "MainPID") not in (before, "0"),
-        "the watchdog ends the stopped daemon",
-    )
+    wait_for_another(host, before)
     use(host)
 
 
@@ -185,25 +180,13 @@ def test_upgrade_below_a_running_session(host: PrivateSystemd) -> None:
     (package / "__init__.py").write_text('__version__ = "99.0"\n')
     for compiled in package.glob("__pycache__/__init__.*.pyc"):
         compiled.unlink()
-    stop = host.directory / "stop upgrade"
-    session = host.popen(
-        "uenvctl", "run", "tools/1", "--", "bash", "-c", SESSION, "bash", stop, user="nobody"
-    )
-    try:
-        assert session.stdout is not None
-        assert session.stdout.readline() == "started\n"
+    with session_through(host, "upgrade"):
         commands = block("Upgrade").replace("uenvd-tree", str(new))
         done = host.run("bash", "-ec", commands)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "uenvd ok: uenvd 99.0 answers" in done.stdout
         assert host.run("pkill", "-9", "-u", "nobody", "-f", r"uenvd\.fuse").returncode == 0
         use(host)
-        stop.touch()
-        output = session.communicate(timeout=60)[0]
-    finally:
-        session.kill()
-        session.wait()
-    assert (session.returncode, output) == (0, "done\n"), said(host)
 
 
 def test_every_installed_file_is_named_where_it_is_removed(host: PrivateSystemd) -> None:
