@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,7 +140,8 @@ def test_a_mirror_that_failed_is_left_alone_for_a_while(
         assert remote.manifest(REPOSITORY, digest).digest == digest
     assert mirror.count("GET", "/manifests/") == 1
     rule.times = 0
-    monkeypatch.setattr(mirrors_module.time, "monotonic", lambda now=time.monotonic: now() + 120)
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + 120)
+    monkeypatch.setattr(mirrors_module, "time", later)
     remote.manifest(REPOSITORY, digest)
     assert mirror.count("GET", "/manifests/") == 2 and source.count("GET", "/manifests/") == 3
     remote.close()
