@@ -1,4 +1,4 @@
-"""Threads that may wait: moving and hashing an image goes on beside what somebody is waiting for."""
+"""Threads that may wait: moving an image goes on beside what somebody is waiting for."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import threading
 from contextlib import suppress
 from typing import Final
 
-BACKGROUND_NICE: Final = 5
-"""A third of the share of an ordinary process where processors are scarce (sched(7)); no difference where they are not."""
+BACKGROUND_NICE: Final = 3
+"""Half of the share of an ordinary process where processors are scarce (sched(7)); no difference where they are not."""
 
 
 def step_back() -> None:

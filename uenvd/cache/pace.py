@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Final
 
-WARM_S: Final = 0.02
+WARM_S: Final = 0.01
 SETTLE_S: Final = 0.05
-ALONE_S: Final = 0.04
+ALONE_S: Final = 0.02
 ALONE_BYTES: Final = 1 << 20
 WAITING: Final = 0.3
 """Which part of its time a connection has to wait for bytes for others to be worth a try."""
@@ -44,6 +44,11 @@ class Pace:
     def alone(self) -> bool:
         """Whether one connection is known to be enough for a while."""
         return self.allowed == 1 and self._phase in {"hold", "decided"}
+
+    @property
+    def decided(self) -> bool:
+        """Whether nothing is measured any more: `gained` need not be told."""
+        return self._phase == "decided"
 
     def gained(self, count: int, now_s: float, waited_s: float) -> bool:
         """Note bytes, over whichever connection, and how long it did nothing until they came; tell whether the transfer goes back to one."""

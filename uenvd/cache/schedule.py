@@ -10,7 +10,7 @@ from typing import Final
 from uenvd.cache.ranges import Ranges
 
 MIN_PIECE_BYTES: Final = 4 << 20
-ALONE_PIECES: Final = 8
+ALONE_PIECES: Final = 5
 """So many pieces are asked for at once where one connection is enough: each question costs a registry a new reader of its file."""
 URGENT_PIECE_BYTES: Final = 4 << 20
 HINT_PIECE_BYTES: Final = 2 << 20

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from uenvd.cache.inorder import Hand, InOrder
+from uenvd.cache.inorder import BUFFER_BYTES, Hand, InOrder
 from uenvd.cache.manners import step_back
 from uenvd.cache.pace import Pace
 from uenvd.cache.partial import Partial
@@ -58,6 +58,8 @@ PIECE_GRACE_S: Final = 120.0
 URGENT_CONNECTIONS: Final = 2
 YIELD_S: Final = 5.0
 """How long the background lets demanded bytes go first before it takes its turn."""
+WATCHED_UNIT_BYTES: Final = 512 << 10
+"""So much is received at a time where somebody waits for bytes before the whole is there."""
 _TICK_S: Final = 0.1
 _LOOK_S: Final = 0.05
 """How late a cancellation may be noticed."""
@@ -72,7 +74,7 @@ class Tuning:
     """How a blob is fetched."""
 
     connections: int = 4
-    piece_bytes: int = 16 << 20
+    piece_bytes: int = 24 << 20
     min_rate_bytes_per_s: int = 16 << 10
     """A connection that is slower for `RATE_WINDOW_S` is given up, and a piece that is slower as a whole fails the transfer."""
 
@@ -111,6 +113,7 @@ class Transfer:
         self._partial = partial
         self._tuning = tuning or Tuning()
         self._arrived = arrived
+        self._unit_bytes = BUFFER_BYTES if arrived is None else WATCHED_UNIT_BYTES
         self._state = threading.Condition()
         """For the workers. The hash and the caller have signals of their own, so that a megabyte more does not wake everybody."""
         self._in_order = InOrder(partial, self._stopped)
@@ -260,7 +263,7 @@ class Transfer:
         return self._over
 
     def _hash(self) -> None:
-        step_back()
+        # What steps back waits its turn, and bytes that wait for their hash too long have to be read back.
         self._in_order.run(self._is_hashed)
 
     def _is_hashed(self) -> bool:
@@ -359,10 +362,12 @@ class Transfer:
             while at < min(end, task.end) and not self._over:
                 if not task.urgent and at >= task.hurry_until:
                     self._give_way(task, rate)
-                idle_s = _idle_s()
-                count = blob.readinto(hand.buffer[: end - at])
+                # Each look at the clock of a thread is a system call under the interpreter's lock.
+                idle_s = None if self._pace.decided else _idle_s()
+                count = blob.readinto(hand.buffer[: min(end - at, self._unit_bytes)])
                 rate.gained(count)
-                self._note_pace(count, _idle_s() - idle_s)
+                if idle_s is not None:
+                    self._note_pace(count, _idle_s() - idle_s)
                 skip = max(0, task.at - at)
                 at += count
                 useful = min(at, task.end) - task.at

@@ -29,7 +29,8 @@ TICK_S: Final = 0.1
 """How late a deadline or a cancellation may be noticed."""
 IDLE_S: Final = 30.0
 """A connection that was not used for so long is not used again: what is between may have forgotten it without a word."""
-ENOUGH_BYTES: Final = 512 << 10
+ENOUGH_BYTES: Final = 2 << 20
+"""So much at a time costs few wake-ups; who wants to know of less sooner gives a smaller buffer."""
 GATHER_S: Final = 0.05
 
 

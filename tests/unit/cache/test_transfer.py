@@ -77,6 +77,7 @@ class Steady:
     """A pace that the test sets."""
 
     alone = False
+    decided = True
 
     def __init__(self, connections: int) -> None:
         self.allowed = connections
