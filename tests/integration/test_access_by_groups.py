@@ -161,15 +161,27 @@ def test_own_images_by_name(site: Site) -> None:
         assert client.ask("wait", lease=answer["lease"])["ok"]
         with session(NOBODY, client.descriptors[0], MOUNT_POINT) as inside:
             assert inside.eval(f"open('{MOUNT_POINT}/word').read()") == "mine"
-    resolved = site.daemon.ask("resolve", uenv="mine::tool/2.0:/user-environment", uid=NOBODY)["resolved"]
-    assert resolved == "mine::tool/2.0:/user-environment"
+    for name in ("tool/2.0", "tool"):
+        answer = site.daemon.ask("resolve", uenv=f"mine::{name}:/user-environment", uid=NOBODY)
+        assert answer["resolved"] == "mine::tool/2.0:/user-environment", "what a job is submitted with"
+
+
+def test_own_images_that_are_not_there_are_refused_before_a_job_is(site: Site) -> None:
+    for op in ("resolve", "mount"):
+        error = site.daemon.ask(op, uenv="mine::tool/9.9", uid=NOBODY)["error"]
+        assert error["code"] == "unknown-label"
+        assert error["message"].startswith("there is no own image tool/9.9 in ")
+        assert "there is: mine::tool/2.0" in error["hint"]
+    # His directory may be one that only other nodes have.
+    answer = site.daemon.ask("resolve", uenv="mine::tool/9.9", uid=MEMBER, submit=True)
+    assert answer["resolved"] == "mine::tool/9.9"
 
 
 @pytest.mark.parametrize(
     ("uenv", "uid", "expected"),
     [
-        ("mine::tool/2.0:/user-environment", MEMBER, "access-denied"),  # his directory, not the owner's
-        ("mine::tool/9.9:/user-environment", NOBODY, "access-denied"),
+        ("mine::tool/2.0:/user-environment", MEMBER, "unknown-label"),  # his directory, not the owner's
+        ("mine::tool/9.9:/user-environment", NOBODY, "unknown-label"),
         ("mine::tool@demo:/user-environment", NOBODY, "label-syntax"),
     ],
 )
@@ -178,5 +190,4 @@ def test_own_images_are_opened_with_the_users_rights(site: Site, uenv: str, uid:
         answer = client.ask("mount", uenv=uenv, uid=uid)
         if answer["ok"]:
             answer = client.ask("wait", lease=answer["lease"])
-        assert not answer["ok"]
-        assert code(answer) == expected or "No such file" in answer["error"]["message"]
+        assert code(answer) == expected, answer

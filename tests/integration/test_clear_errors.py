@@ -145,6 +145,16 @@ def test_wrong_config_key(public_dir: Path) -> None:
     expect(done, errors.ConfigError, f"{config}:4: cache.lcoal", "local")
 
 
+def test_a_check_that_was_to_do_something_besides(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [BIN / "uenvd", "--check", "--config", tmp_path / "none", "gc"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, "--check does not go with gc" in done.stderr) == (2, True)
+
+
 def test_no_worker_user(public_dir: Path) -> None:
     config = public_dir / "c.yaml"
     config.write_text(

@@ -18,7 +18,7 @@ from support.daemon import Daemon, running_daemon
 from support.plans import TEST, source_recipe
 from support.registry import FakeRegistry
 from support.users import TestUser, ordinary_user
-from uenvd.errors import TestsFailed, UsageError
+from uenvd.errors import BuildFailed, TestsFailed, UsageError
 from uenvd.oci.attach import META_TYPE, REFRAME_TYPE, attachments
 from uenvd.oci.reference import parse_registry
 from uenvd.oci.remote import open_remote
@@ -169,8 +169,13 @@ def test_it_is_his_and_nobody_elses(
 
 
 def test_a_new_build_takes_the_label(account: Account, recipe: Path) -> None:
+    why = account.build(recipe, "tiny/1.0:old", "--explain")
+    assert (why.returncode, why.stdout) == (0, "there is no image mine::tiny/1.0:old yet\n"), why.stderr
+    assert not account.store.exists(), "an explanation makes nothing"
     first = account.build(recipe, "tiny/1.0:old", "--no-tests")
     assert first.returncode == 0, first.stderr
+    why = account.build(recipe, "tiny/1.0:old", "--explain", "--json")
+    assert json.loads(why.stdout) == {"label": "mine::tiny/1.0:old", "build": False, "reasons": []}
     again = account.build(recipe, "tiny/1.0:old", "--no-tests")
     assert again.stdout == first.stdout
     assert "built from the same recipe already" in again.stderr
@@ -179,15 +184,29 @@ def test_a_new_build_takes_the_label(account: Account, recipe: Path) -> None:
         (recipe / "make-tiny").write_text(
             (recipe / "make-tiny").read_text() + "cp tiny.c $UENV_ROOT/bin/more\n"
         )
-        done = account.build(recipe, "tiny/1.0:new")
+        for other in ((), ("--against", "mine::tiny/1.0:old")):
+            why = account.build(recipe, "tiny/1.0", "--explain", *other)
+            assert why.stdout == "the recipe's file make-tiny has other contents\n", why.stderr
+        assert account.says() == "tiny says 42\n", "an explanation builds nothing"
+        done = account.build(recipe, "tiny/1.0:new", "--check", "--run")
         assert done.returncode == 0, done.stderr
+        assert "the same image: sha256:" in done.stderr
+        assert "its smoke tests pass elsewhere, too" in done.stderr
         held.seek(0)
         assert held.read() == before, "who has it open goes on with it"
     assert done.stdout.split()[0] == "mine::tiny/1.0:new" != first.stdout.split()[0]
     assert account.image.samefile(account.image.parent / "1.0/new.squashfs")
     assert not account.image.samefile(account.image.parent / "1.0/old.squashfs")
 
-    # One that fails its tests does not take the label.
+    # One that is another image each time, or works only here, or fails its tests, does not take the label.
+    before = account.image.stat().st_ino
+    make = (recipe / "make-tiny").read_text()
+    (recipe / "make-tiny").write_text(make + "date +%N > $UENV_ROOT/bin/when\n")
+    failed = account.build(recipe, "tiny/1.0", "--check")
+    assert failed.returncode == BuildFailed.exit_status, failed.stderr
+    assert "bin/when: other content" in failed.stderr
+    (recipe / "make-tiny").write_text(make)
+    assert account.image.stat().st_ino == before
     (recipe / "extra/reframe/runs.py").write_text(TEST.replace("says 42", "says 43"))
     failed = account.build(recipe, "tiny/1.0")
     assert failed.returncode == TestsFailed.exit_status, failed.stderr
@@ -223,6 +242,9 @@ def test_a_site_with_a_namespace_for_each_user(account: Account, recipe: Path) -
         assert not account.image.exists()
         done = account.build(recipe, "tiny/1.0", **{**variables, "UENVD_USER_NAMESPACE": "users"})
         assert (done.returncode, "does not hold %u" in done.stderr) == (UsageError.exit_status, True)
+        done = account.build(recipe, "tiny/1.0", "--no-tests", "--run", **variables)
+        assert (done.returncode, done.stdout.split()) == (0, [label, digest]), done.stderr
+        assert "already" in done.stderr and "pass elsewhere" in done.stderr
         done = account.build(recipe, "mine::tiny/1.0", "--no-tests", **variables)
         assert done.returncode == 0, done.stderr
         assert account.image.exists(), "asked for by its name, the account is as good"

@@ -89,9 +89,12 @@ def test_the_same_everywhere(site: Site, tmp_path: Path) -> None:
         environs = {"local": {}, "slurm": cluster.environ(), "firecrest": double.variables()}
         for executor, env in environs.items():
             work = tmp_path / executor
-            words = ["--executor", executor, "--work", str(work), "--deploy", "v1", "--json", "--poll=0.3s"]
+            words = ["--executor", executor, "--work", str(work), "--deploy", "v1", "--json"]
             words += ["--policy", str(policy)]
-            words += [f"--remote-dir={tmp_path}/remote", f"--remote-command={shlex.join(PROGRAM)}"]
+            if executor != "local":
+                words += ["--poll=0.3s"]
+            if executor == "firecrest":
+                words += [f"--remote-dir={tmp_path}/remote", f"--remote-command={shlex.join(PROGRAM)}"]
             with FakeRegistry() as registry:
                 refused = site.run(registry.url, *words, env=env)
                 assert refused.returncode == DeployRefused.exit_status, refused.stderr
@@ -121,9 +124,12 @@ def test_the_same_everywhere(site: Site, tmp_path: Path) -> None:
 def test_a_recipe_alone_gets_what_a_cell_gets(site: Site, registry: FakeRegistry, tmp_path: Path) -> None:
     """The same image, the same attachments, whether a recipe is run or the plan that has it; and the policy holds there, too."""
     system, uarch = site.machines[0]
-    done = site.run(registry.url, f"tiny@{system}%{uarch}", "--work", str(tmp_path / "work"), "--json")
+    left = tmp_path / "left.env"
+    words = ["--cell", site.cells[0], "--work", str(tmp_path / "work"), "--json", "--dotenv", str(left)]
+    done = site.run(registry.url, *words)
     assert done.returncode == 0, done.stderr
     digest = outcome(done.stdout)[site.cells[0]]["digest"]
+    assert f"UENV_DIGEST={digest}" in left.read_text(), "for the next job of a CI system, in JSON mode, too"
     policy = tmp_path / "policy.yaml"
     policy.write_text(POLICY.replace("minimum: 1", "minimum: 9"))
     with FakeRegistry() as other:
@@ -138,7 +144,7 @@ def test_a_recipe_alone_gets_what_a_cell_gets(site: Site, registry: FakeRegistry
             "--deploy",
             "v1",
         ]
-        done = site.run(other.url, *words, "--policy", str(policy), env=JOB)
+        done = site.run(other.url, *words, "--policy", str(policy), env=JOB, config=False)
         assert done.returncode == DeployRefused.exit_status, done.stderr
         assert "number of tests: 1 of its own, 9 needed" in done.stderr
         place = f"build/{system}/{uarch}/tiny/1.0"

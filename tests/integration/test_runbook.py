@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,9 +107,7 @@ def documented(*words: str) -> None:
 def host() -> Iterator[Host]:
     if os.geteuid() != 0:
         pytest.skip("needs root: makes a disk and an ordinary user")
-    directory = Path(
-        subprocess.check_output(["mktemp", "-d", "/var/tmp/uenvd-test-XXXXXX"], text=True).strip()
-    )
+    directory = Path(tempfile.mkdtemp(prefix="uenvd-test-", dir="/var/tmp"))
     directory.chmod(0o755)
     disk = directory / "disk"
     disk.mkdir()

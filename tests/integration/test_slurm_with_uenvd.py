@@ -98,6 +98,25 @@ def test_an_ordinary_users_own_file_runs_on_all_nodes(centre: Centre) -> None:
     assert any("own.squashfs" in line for line in told(done))
 
 
+def test_an_ordinary_users_own_image_has_a_name(centre: Centre) -> None:
+    directory = centre.user.home / ".local/share/uenv/images"
+    name = directory / "tiny/1.0.squashfs"
+    name.parent.mkdir(parents=True)
+    for path in (centre.user.home / ".local", *(centre.user.home / ".local").rglob("*")):
+        os.chown(path, centre.user.uid, centre.user.gid)
+    directory.parent.chmod(0o700)
+    simple_image(name, "tiny", "mine")
+    os.chown(name, centre.user.uid, centre.user.gid)
+    done = centre.srun("-N2", "-n2", "--uenv=mine::tiny", "sh", "-c", f"cat {MOUNT_POINT}/word; echo")
+    assert (done.returncode, done.stdout) == (0, "mine\n" * 2), done.stderr
+    refused = centre.srun("--uenv=mine::tiny/2", "true")
+    said = told(refused)
+    assert refused.returncode != 0
+    assert f"uenv: there is no own image tiny/2 in {directory}" in said
+    assert any(line.startswith("uenv: hint: there is: mine::tiny/1.0") for line in said)
+    assert centre.cluster.jobs() == []
+
+
 def test_a_link_in_an_image_leads_no_mount_out_of_it(centre: Centre) -> None:
     """Root attaches the second image: behind the link it would be the node's /etc, with set-uid programs that believe it."""
     outer = make_squashfs(centre.user.home / "outer.squashfs", {"inside/f": ""}, links={"way-out": "/etc"})

@@ -110,12 +110,12 @@ class Site:
         """Return the ids of all cells, in their order."""
         return [f"{name}/1.0-{system}/{uarch}" for name in self.names for system, uarch in self.machines]
 
-    def words(self, registry: str, *words: str) -> list[str]:
-        """Return the command that runs the plan."""
+    def words(self, registry: str, *words: str, config: bool = True) -> list[str]:
+        """Return the command that runs the plan; without ``config``, that runs what the words say."""
         return [
             *PROGRAM,
             "run",
-            f"--config={self.config}",
+            *([f"--config={self.config}"] if config else []),
             f"--registry={registry}",
             f"--cache={self.directory / 'cache'}",
             "--through=file",
@@ -123,11 +123,11 @@ class Site:
         ]
 
     def run(
-        self, registry: str, *words: str, env: Mapping[str, str] | None = None
+        self, registry: str, *words: str, env: Mapping[str, str] | None = None, config: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """Run the plan to its end, in the site's directory."""
         return subprocess.run(
-            self.words(registry, *words),
+            self.words(registry, *words, config=config),
             cwd=self.directory,
             env={**os.environ, **(env or {})},
             stdin=subprocess.DEVNULL,

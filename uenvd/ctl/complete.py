@@ -11,12 +11,18 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from uenvd.ctl.arguments import COMMON, FLAG, SHORT
+from uenvd.ctl.image_inspect import inspect_file
 from uenvd.ctl.main import COMMANDS, GROUPS, HELP
 from uenvd.ctl.output import printable
+from uenvd.ctl.own import as_file
+from uenvd.ctl.own import records as own_records
 from uenvd.errors import UenvError
+from uenvd.label import parse_description
+from uenvd.own import NAMESPACE
 
 CONNECT_S = 0.3
 ANSWER_S = 1.0
@@ -51,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         line, typed = [*words, "", ""][:2]
         words = split(line)[1:]
     try:
-        reply = complete(words or [""], _ask)
+        reply = complete(words or [""], _ask, os.environ)
     except UenvError:
         reply = NOTHING
     lines = [reply.kind]
@@ -96,8 +102,11 @@ def replaced_from(word: str, typed: str) -> int:
     return len(word) - longest
 
 
-def complete(words: Sequence[str], ask: Ask) -> Reply:
-    """Return what may stand in the place of the last of the words after ``uenvctl``. Raises `UenvError`."""
+def complete(words: Sequence[str], ask: Ask, environ: Mapping[str, str] = MappingProxyType({})) -> Reply:
+    """Return what may stand in the place of the last of the words after ``uenvctl``. Raises `UenvError`.
+
+    ``environ`` says where the user's own images are, which are looked up without asking anybody.
+    """
     *before, now = words
     while before and before[0].startswith("-"):  # options of uenvctl itself
         option = before.pop(0)
@@ -120,11 +129,39 @@ def complete(words: Sequence[str], ask: Ask) -> Reply:
     if name not in COMMANDS:
         return NOTHING
     module = importlib.import_module(f"uenvd.ctl.{COMMANDS[name]}")
-    return _argument(module.OPTIONS, module.TAKES, before, now, ask)
+    return _argument(module.OPTIONS, module.TAKES, before, now, _Known(ask, environ))
+
+
+class _Known:
+    """The images that can be offered: what uenvd remembers, and the user's own."""
+
+    def __init__(self, ask: Ask, environ: Mapping[str, str]) -> None:
+        self._ask = ask
+        self._environ = environ
+
+    def records(self, kind: str, namespace: str) -> Sequence[Mapping[str, Any]]:
+        """Return records of the images that may stand where a word of a kind (``TAKES``) is wanted; ``namespace`` is empty, or ends with ``::``."""
+        own = own_records(namespace, self._environ) if kind in ("uenv", "listed") else []
+        if namespace == f"{NAMESPACE}::":
+            return own
+        asked: dict[str, Any] = {"op": "images"} if kind == "cached" else {"op": "find", "remembered": True}
+        try:
+            frame = self._ask(**asked, uenv=namespace)
+        except UenvError:
+            if not own:
+                raise
+            return own
+        return [*own, *(record for record in frame.get("records") or () if isinstance(record, dict))]
+
+    def views(self, label: str) -> Sequence[Mapping[str, Any]]:
+        """Return name and description of an image's views. Raises `UenvError`."""
+        file = as_file(parse_description(label), self._environ)
+        facts = inspect_file(file.path) if file.path else self._ask("inspect", uenv=label, remembered=True)
+        return facts.get("views") or ()
 
 
 def _argument(
-    options: Mapping[str, bool], takes: Sequence[str], before: Sequence[str], now: str, ask: Ask
+    options: Mapping[str, bool], takes: Sequence[str], before: Sequence[str], now: str, images: _Known
 ) -> Reply:
     """Complete an argument of a command that has these options and takes these kinds of words."""
     known = {**COMMON, **options}
@@ -132,7 +169,7 @@ def _argument(
     words = iter(before)
     for word in words:
         if word == "--":
-            return Reply("command") if "command" in takes else _word(takes, found, now, ask)
+            return Reply("command") if "command" in takes else _word(takes, found, now, images)
         if word == "-" or not word.startswith("-"):
             found.append(word)
             if "command" in takes and len(found) > takes.index("command"):
@@ -141,16 +178,16 @@ def _argument(
         name, equals, _value = word.partition("=")
         name = SHORT.get(name, name)
         if known.get(name, FLAG) is not FLAG and not equals and next(words, None) is None:
-            return _value_of(name, "", now, found, ask)
+            return _value_of(name, "", now, found, images)
     name, equals, value = now.partition("=")
     if now.startswith("-"):
         if equals:
-            return _value_of(SHORT.get(name, name), f"{name}=", value, found, ask)
+            return _value_of(SHORT.get(name, name), f"{name}=", value, found, images)
         return _matching(now, [(name if known[name] is FLAG else f"{name}=", "") for name in sorted(known)])
-    return _word(takes, found, now, ask)
+    return _word(takes, found, now, images)
 
 
-def _value_of(name: str, prefix: str, value: str, found: Sequence[str], ask: Ask) -> Reply:
+def _value_of(name: str, prefix: str, value: str, found: Sequence[str], images: _Known) -> Reply:
     """Complete the value of an option, written behind ``prefix``."""
     if name in _FILE_OPTIONS:
         return Reply("files")
@@ -160,29 +197,30 @@ def _value_of(name: str, prefix: str, value: str, found: Sequence[str], ask: Ask
     views: dict[str, str] = {} if done else {"none": "no view, not even a default one"}
     labels = [text for text in found[0].split(",") if text and text[0] not in "./"]
     for label in labels:
-        frame = ask("inspect", uenv=label, remembered=True)
-        for view in frame.get("views") or ():
-            own = f"{label.partition('/')[0].partition(':')[0]}:" if len(labels) > 1 else ""
-            views[f"{own}{view.get('name')}"] = str(view.get("description") or "")
+        for view in images.views(label):
+            whose = (
+                f"{label.rpartition('::')[2].partition('/')[0].partition(':')[0]}:" if len(labels) > 1 else ""
+            )
+            views[f"{whose}{view.get('name')}"] = str(view.get("description") or "")
     return _matching(last, views.items(), prefix + done + comma)
 
 
-def _word(takes: Sequence[str], found: Sequence[str], now: str, ask: Ask) -> Reply:
+def _word(takes: Sequence[str], found: Sequence[str], now: str, images: _Known) -> Reply:
     kind = takes[len(found)] if len(found) < len(takes) else ""
     if kind == "shell":
         return _matching(now, [("bash", ""), ("zsh", ""), ("fish", "")])
     if kind == "command":
         return Reply("command")
-    if kind not in ("uenv", "label", "cached"):
+    if kind not in ("uenv", "registry", "label", "listed", "cached"):
         return NOTHING
-    done, comma, last = now.rpartition(",") if kind == "uenv" else ("", "", now)
+    done, comma, last = now.rpartition(",") if kind in ("uenv", "registry") else ("", "", now)
     if kind == "uenv" and last[:1] in ("/", ".", "~"):
         return Reply("files")
     namespace, colons, rest = last.rpartition("::")
-    asked: dict[str, Any] = {"op": "images"} if kind == "cached" else {"op": "find", "remembered": True}
-    frame = ask(**asked, uenv=namespace + colons)
-    records = [record for record in frame.get("records") or () if isinstance(record, dict)]
-    labels = {text: about for record in records for text, about in _label(record, rest)}
+    labels: dict[str, str] = {}
+    for record in images.records(kind, namespace + colons):
+        own = f"{NAMESPACE}::" if record.get("namespace") == NAMESPACE and not colons else ""
+        labels |= {own + text: about for text, about in _label(record, rest)}
     return _matching(rest, sorted(labels.items()), done + comma + namespace + colons)
 
 
@@ -195,7 +233,8 @@ def _label(record: Mapping[str, Any], typed: str) -> list[tuple[str, str]]:
         if record.get(name) and (name in ("version", "tag") or sign in typed):
             text += f"{sign}{record[name]}"
     size = record.get("size_bytes")
-    about = [f"%{record.get('uarch')}", f"{size / 1e6:.0f} MB" if isinstance(size, int) else ""]
+    uarch = record.get("uarch")
+    about = [f"%{uarch}" if uarch else "", f"{size / 1e6:.0f} MB" if isinstance(size, int) else ""]
     return [(text, " ".join(filter(None, [*about, "here" if record.get("cached") else ""])))]
 
 

@@ -10,7 +10,8 @@ from uenvd.ctl import lockfile, output
 from uenvd.ctl.arguments import FLAG, Arguments, parse
 from uenvd.ctl.client import REGISTRY_ANSWER_S, Client, socket_path
 from uenvd.ctl.image_inspect import inspect_file, tests_text
-from uenvd.errors import NotFound, ProtocolError, RegistryError, RegistryUnreachable
+from uenvd.ctl.own import as_file, name_of
+from uenvd.errors import NotFound, ProtocolError, RegistryError, RegistryUnreachable, UsageError
 from uenvd.label import Description, parse_description
 from uenvd.packages import packages_of
 
@@ -18,13 +19,14 @@ HELP = """\
 usage: uenvctl diff [--files] UENV UENV
 
 Show what is different between two images: size, date, mount point, views, tests, and the packages that their recipes
-name. Nothing is downloaded for that. UENV is a label or the path of a squashfs file.
+name. Nothing is downloaded for that. UENV is a label (mine::... for one of your own images) or the path of a squashfs
+file.
 
 --files mounts both images (those of the registry are fetched), compares every file, and takes the packages from what is
 installed: Spack's database and Python's metadata.
 
   --files            compare the files, too
-  --all              list every file that differs; else the first 40
+  --all              with --files: list every file that differs; else the first 40
   --locked           the bytes that uenv.lock names, whatever the labels mean by now
   --lock-file PATH   this lock file instead of uenv.lock here or in a directory above
   --json             see docs/json.md
@@ -89,8 +91,11 @@ def main(argv: Sequence[str]) -> int:
     if "--help" in arguments.flags:
         print(HELP, end="")
         return 0
-    wanted = [parse_description(lockfile.pinned_by(arguments, word)) for word in arguments.words]
-    output.mention_files(wanted)
+    if "--all" in arguments.flags and "--files" not in arguments.flags:
+        raise UsageError("--all is for --files", hint="uenvctl diff --files --all UENV UENV")
+    asked = [parse_description(lockfile.pinned_by(arguments, word)) for word in arguments.words]
+    output.mention_files(asked)
+    wanted = [as_file(one, os.environ) for one in asked]
     socket = socket_path(arguments.values.get("--socket"), os.environ)
     first, second = (_side(one, socket) for one in wanted)
     files: Changes | None = None
@@ -100,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
         from uenvd.ctl.mounted import compare_mounted  # namespaces and hashes, for this option only
 
         files, packages = compare_mounted(
-            [_text(one, side) for one, side in zip(wanted, (first, second), strict=True)], socket
+            [_text(one, side) for one, side in zip(asked, (first, second), strict=True)], socket
         )
         if (
             packages[0] is not None and packages[1] is not None
@@ -122,7 +127,7 @@ def _text(wanted: Description, side: Side) -> str:
 
 def _side(wanted: Description, socket: str) -> Side:
     if wanted.path is not None:
-        facts = inspect_file(wanted.path)
+        facts = inspect_file(wanted.path, name_of(wanted.path, os.environ))
         files = recipe_of_file(wanted.path)
         return Side(facts, packages_of(files) if files else None)
     with Client(socket) as client:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from uenvd.ctl import output
 from uenvd.ctl.arguments import FLAG, parse
 from uenvd.ctl.client import REGISTRY_ANSWER_S, Client, socket_path
+from uenvd.ctl.own import refuse_own
 from uenvd.errors import UsageError
 from uenvd.label import parse_description
 
@@ -35,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
         print(HELP, end="")
         return 0
     description = parse_description(arguments.words[0])
+    refuse_own(description, "it is not in the cache", "remove its file with: rm")
     if description.label is None:
         raise UsageError(
             f"{description.path} is a file, not an image of the cache", hint="remove it with: rm"

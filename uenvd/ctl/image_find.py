@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from uenvd.ctl import records
+from uenvd.ctl import own, records
+from uenvd.errors import UsageError
 
 HELP = """\
 usage: uenvctl image find [LABEL]
@@ -32,6 +33,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = records.parse_listing(argv, command="image find", options=OPTIONS, help_text=HELP)
     if arguments is None:
         return 0
+    if own.asks_only_for_own(records.label_of(arguments)):
+        raise UsageError(
+            "your own images are not in the registry", hint=f"uenvctl image ls {records.label_of(arguments)}"
+        )
     with records.connect(arguments) as client:
         found = records.ask(client, "find", arguments)
     nothing = "no image matches; all there is: uenvctl image find @'*'"

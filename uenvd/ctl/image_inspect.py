@@ -11,7 +11,7 @@ from typing import Any
 from uenvd.ctl import output
 from uenvd.ctl.arguments import FLAG, parse
 from uenvd.ctl.client import REGISTRY_ANSWER_S, Client, socket_path
-from uenvd.ctl.own import as_file
+from uenvd.ctl.own import as_file, name_of
 from uenvd.errors import AccessDenied, FormatError, ProtocolError, StorageError, UsageError
 from uenvd.label import parse_description
 
@@ -19,7 +19,7 @@ HELP = """\
 usage: uenvctl image inspect UENV
 
 Show what an image is: description, mount point, views, size, test results, date, whether it is deprecated. Nothing is
-downloaded for that. UENV is a label or the path of a squashfs file.
+downloaded for that. UENV is a label (mine::... for one of your own images) or the path of a squashfs file.
 
   --json         see docs/json.md
   --refresh      ask the registry what the label means, even if that was asked a moment ago
@@ -40,10 +40,11 @@ def main(argv: Sequence[str]) -> int:
     if "--help" in arguments.flags:
         print(HELP, end="")
         return 0
-    description = as_file(parse_description(arguments.words[0]), os.environ)
-    output.mention_files([description])
+    asked = parse_description(arguments.words[0])
+    output.mention_files([asked])
+    description = as_file(asked, os.environ)
     if description.path is not None:
-        facts = inspect_file(description.path)
+        facts = inspect_file(description.path, name_of(description.path, os.environ))
     else:
         path = socket_path(arguments.values.get("--socket"), os.environ)
         with Client(path) as client:
@@ -63,8 +64,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def inspect_file(path: str) -> dict[str, Any]:
-    """Return what a squashfs file says of itself, in the form of the protocol's ``inspect``.
+def inspect_file(path: str, label: str | None = None) -> dict[str, Any]:
+    """Return what a squashfs file says of itself, in the form of the protocol's ``inspect``; ``label`` if it has one.
 
     Raises `UsageError`, `AccessDenied`, `StorageError`, `FormatError`.
     """
@@ -74,7 +75,7 @@ def inspect_file(path: str) -> dict[str, Any]:
         meta = read_image_meta(read_file)
         size_bytes = os.stat(path).st_size  # noqa: PTH116 - pathlib is slow to import
     return {
-        "label": path,
+        "label": label or path,
         "digest": None,
         "size_bytes": size_bytes,
         "cached": True,

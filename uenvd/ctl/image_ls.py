@@ -8,7 +8,7 @@ from typing import Any
 
 from uenvd.ctl import output, own, records
 from uenvd.ctl.arguments import FLAG, Arguments
-from uenvd.errors import DaemonUnreachable, RegistryDenied, RegistryError, RegistryUnreachable
+from uenvd.errors import DaemonUnreachable, RegistryDenied, RegistryError, RegistryUnreachable, UsageError
 
 HELP = """\
 usage: uenvctl image ls [--here] [LABEL]
@@ -30,7 +30,7 @@ examples:
 """
 
 OPTIONS = {**records.OPTIONS, "--here": FLAG}
-TAKES = ("label",)
+TAKES = ("listed",)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,6 +38,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = records.parse_listing(argv, command="image ls", options=OPTIONS, help_text=HELP)
     if arguments is None:
         return 0
+    if {"--here", "--refresh"} <= arguments.flags:
+        raise UsageError(
+            "--here does not ask the registry, and --refresh does", hint="leave out one of the two"
+        )
     text = records.label_of(arguments)
     mine = records.checked(own.records(text, os.environ))
     found: list[dict[str, Any]] = []

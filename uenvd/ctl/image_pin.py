@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from uenvd.ctl import output
 from uenvd.ctl.arguments import FLAG, parse
 from uenvd.ctl.client import REGISTRY_ANSWER_S, Client, socket_path
+from uenvd.ctl.own import refuse_own
 from uenvd.errors import UsageError
 from uenvd.label import parse_description
 
@@ -40,6 +41,7 @@ def set_pin(argv: Sequence[str], *, command: str, text: str, pin: bool) -> int:
         print(text, end="")
         return 0
     description = parse_description(arguments.words[0])
+    refuse_own(description, "it is not in the cache", "such images are not evicted")
     if description.label is None:
         raise UsageError(
             f"{description.path} is a file, not an image of the cache", hint="files are not evicted"

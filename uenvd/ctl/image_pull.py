@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from uenvd.ctl import lockfile, output
 from uenvd.ctl.arguments import FLAG, Arguments, parse
 from uenvd.ctl.client import REGISTRY_ANSWER_S, Client, socket_path
+from uenvd.ctl.own import refuse_own
 from uenvd.errors import UsageError
 from uenvd.label import parse_descriptions
 
@@ -30,7 +31,7 @@ examples:
 """
 
 OPTIONS = {"--json": FLAG, "--refresh": FLAG, **lockfile.OPTIONS}
-TAKES = ("uenv",)
+TAKES = ("registry",)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
     for one in parse_descriptions(wanted):
         if one.path is not None:
             raise UsageError(f"{one.path} is a file: there is nothing to pull")
+        refuse_own(one, "there is nothing to pull")
     path = socket_path(arguments.values.get("--socket"), os.environ)
     with Client(path) as client, output.Progress() as progress:
         frame = client.call(

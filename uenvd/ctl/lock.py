@@ -11,6 +11,7 @@ from uenvd.ctl import lockfile, output
 from uenvd.ctl.arguments import FLAG, VALUE, Arguments, parse
 from uenvd.ctl.client import REGISTRY_ANSWER_S, Client, socket_path
 from uenvd.ctl.lockfile import FILE_NAME, Locked, LockFile
+from uenvd.ctl.own import refuse_own
 from uenvd.errors import AmbiguousLabel, LockError, ProtocolError, UenvError, UnknownLabel, UsageError
 from uenvd.label import parse_descriptions
 
@@ -36,7 +37,7 @@ examples:
 """
 
 OPTIONS = {"--check": FLAG, "--lock-file": VALUE, "--json": FLAG}
-TAKES = ("uenv",)
+TAKES = ("registry",)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,6 +60,7 @@ def _lock(arguments: Arguments) -> int:
         for one in parse_descriptions(arguments.words[0]):
             if one.label is None:
                 raise UsageError(f"{one.path} is a file: only images of the registry can be locked")
+            refuse_own(one, "only images of the registry can be locked")
             asked.append(str(one.label))
     else:
         lock = lockfile.chosen(arguments)

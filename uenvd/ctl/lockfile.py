@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from uenvd.ctl.arguments import FLAG, VALUE, Arguments
 from uenvd.errors import LabelError, LockError
 from uenvd.label import Description, Label, parse_descriptions, parse_namespaced_label
+from uenvd.own import NAMESPACE
 
 FILE_NAME = "uenv.lock"
 VERSION = 1
@@ -121,7 +122,7 @@ def write(lock: LockFile) -> None:
 
 
 def pin(text: str, lock: LockFile) -> str:
-    """Return a description list in which every label has the digest that the file says; files and mount points stay.
+    """Return a description list in which every label has the digest that the file says; files, own images and mount points stay.
 
     A label is looked up as it was asked for, else as a description of what was locked. One that has a digest already keeps it.
     Raises `LockError` (it is not in the file, or could mean several), `LabelError`.
@@ -131,7 +132,7 @@ def pin(text: str, lock: LockFile) -> str:
 
 def _pinned(one: Description, lock: LockFile) -> Description:
     label = one.label
-    if label is None or label.digest is not None:
+    if label is None or label.digest is not None or label.namespace == NAMESPACE:
         return one
     found = [locked for locked in lock.images if locked.asked == str(label)] or [
         locked for locked in lock.images if label.matches(locked.pinned)

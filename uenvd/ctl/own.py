@@ -6,20 +6,35 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from uenvd.errors import UsageError
 from uenvd.label import Description, Label, parse_namespaced_label
-from uenvd.own import FACTS_SUFFIX, MAX_FACTS_BYTES, NAMESPACE, SUFFIX, image_path, images_directory, label_of
+from uenvd.own import FACTS_SUFFIX, MAX_FACTS_BYTES, NAMESPACE, SUFFIX, images_directory, label_of
+from uenvd.ownfiles import find
 
 MAX_IMAGES = 10_000
 
 
 def as_file(description: Description, environ: Mapping[str, str]) -> Description:
-    """Return an own image as the file that it is, so that it needs no daemon; anything else, and what is not there, as it is."""
-    if description.label is None or description.label.namespace != NAMESPACE:
+    """Return an own image as the file that it is, so that it needs no daemon; anything else as it is.
+
+    Raises `UnknownLabel`, `AmbiguousLabel`, `LabelError`, `AccessDenied`, `StorageError`: `uenvd.ownfiles.find`.
+    """
+    if not is_own(description):
         return description
-    path = image_path(images_directory(environ), description.label)
-    if path is None or not os.path.isfile(path):  # noqa: PTH113 - pathlib is slow to import
-        return description
-    return Description(None, path, description.mount)
+    assert description.label is not None
+    found = find(images_directory(environ), description.label)
+    return Description(None, found.path, description.mount)
+
+
+def is_own(description: Description) -> bool:
+    """Tell whether a description names an image of the user's own by its label."""
+    return description.label is not None and description.label.namespace == NAMESPACE
+
+
+def refuse_own(description: Description, why: str, hint: str = "") -> None:
+    """Refuse an own image where only one of the registry has a meaning. Raises `UsageError`: what it is, and ``why``."""
+    if is_own(description):
+        raise UsageError(f"{description.label} is an image of your own: {why}", hint=hint)
 
 
 def name_of(path: str, environ: Mapping[str, str]) -> str:

@@ -17,7 +17,8 @@ Run a command with images mounted and their views applied. The command takes the
 its signals and its input are its own. 127: not found, 126: cannot be run.
 
 UENV is a label, name/version:tag@system%uarch, or the path of a squashfs file (./x.squashfs), either followed by
-:/mount/point if it shall not be mounted where the image wants to be. Files need no daemon.
+:/mount/point if it shall not be mounted where the image wants to be. Files need no daemon, nor do your own images
+(mine::name/version, see uenvd-publish build).
 
   -v, --view VIEW     view or uenv:view, a comma list; else the image's default view, if it has one; none: no view
   --locked            the bytes that uenv.lock names, whatever the label means by now; see 'uenvctl lock --help'

@@ -10,8 +10,9 @@ from typing import Any
 from uenvd.ctl import output
 from uenvd.ctl.arguments import FLAG, parse
 from uenvd.ctl.client import Client, socket_path
+from uenvd.ctl.own import name_of
 from uenvd.ctl.session import Mounted, mounted_images
-from uenvd.errors import UenvError
+from uenvd.errors import UenvError, UsageError
 
 HELP = """\
 usage: uenvctl status
@@ -40,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
         print(HELP, end="")
         return 0
     if "--metrics" in arguments.flags:
+        if not arguments.flags.isdisjoint(("--json", "--no-header")):
+            raise UsageError("--metrics has a form of its own", hint="leave out --json and --no-header")
         with Client(socket_path(arguments.values.get("--socket"), os.environ)) as client:
             output.data(str(client.call("metrics").frame.get("text")).rstrip())
         return 0
@@ -52,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     except UenvError as error:
         problem = error
     labels = {str(one.get("digest")): str(one.get("label")) for one in _images(daemon)}
-    session = [(one, labels.get(one.source, one.source)) for one in mounted_images()]
+    session = [(one, labels.get(one.source) or name_of(one.source, os.environ)) for one in mounted_images()]
     if "--json" in arguments.flags:
         output.data_json(
             {

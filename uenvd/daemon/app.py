@@ -33,7 +33,7 @@ from uenvd.daemon.notify import Inherited, Notifier, inherited
 from uenvd.daemon.peer import Identity
 from uenvd.daemon.pulls import Pulls
 from uenvd.daemon.rundir import ImageDirectory
-from uenvd.daemon.served import ServedImages
+from uenvd.daemon.servedimages import ServedImages
 from uenvd.daemon.servers import Servers
 from uenvd.daemon.service import Service
 from uenvd.daemon.upkeep import Upkeep, pull_again

@@ -16,7 +16,7 @@ from uenvd.daemon.control import Answer, Connection
 from uenvd.daemon.peer import Identity, identity_of
 from uenvd.daemon.question import Image, listed_image, make_image
 from uenvd.daemon.resolution import Listed
-from uenvd.daemon.served import ServedImages
+from uenvd.daemon.servedimages import ServedImages
 from uenvd.daemon.upkeep import open_here
 from uenvd.errors import AccessDenied, UsageError
 from uenvd.label import parse_descriptions, parse_namespaced_label

@@ -1,9 +1,4 @@
-"""What the registry has, remembered for a while: repositories, tags, digests, manifests.
-
-Concurrency: the tables are changed synchronously between awaits. Registry calls run in threads with a deadline that both
-sides keep. When the registry does not answer, the last known answer is used and a note says so; for a moment after that
-the registry is not asked again, so that one request meets one deadline, not one for each of its questions.
-"""
+"""What the registry has: repositories, tags, digests, manifests; what a label means. What is remembered of it: `uenvd.daemon.asking`."""
 
 from __future__ import annotations
 
@@ -12,16 +7,16 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import trio
 
 from uenvd.cache.store import Store
 from uenvd.config import Config
 from uenvd.daemon import disk, resolution
+from uenvd.daemon.asking import Asker
 from uenvd.daemon.meanings import Meanings
 from uenvd.daemon.membership import Membership
-from uenvd.daemon.metrics import METRICS
 from uenvd.daemon.noted import Noted
 from uenvd.daemon.question import Image, Question, listed_image, make_image
 from uenvd.daemon.resolution import Found, Listed, Repository
@@ -30,8 +25,6 @@ from uenvd.errors import (
     AccessDenied,
     ManifestError,
     NotFound,
-    RegistryDenied,
-    RegistryUnreachable,
     UenvError,
     UnknownLabel,
 )
@@ -49,19 +42,10 @@ from uenvd.views import ImageMeta
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-_REGISTRY_THREADS: Final = 16
-_QUIET_S: Final = 3.0
-"""After a failure the registry is left alone for this long."""
 _ATTACHED_TTL_S: Final = 3600.0
 _ADVICE_S: Final = 1.0
 """What may be lost on advice that no job depends on."""
 _MAX_MANIFESTS: Final = 512
-_MAX_ANSWERS: Final = 20_000
-_REWRITE_S: Final = 3600.0
-"""An unchanged answer is written to disk again only this often."""
-_THREAD_GRACE_S: Final = 0.4
 
 
 class Catalogue:
@@ -71,15 +55,12 @@ class Catalogue:
         self._config = config
         self._remote = remote
         self._store = store
-        self._limiter = trio.CapacityLimiter(_REGISTRY_THREADS)
         self._manifests: OrderedDict[str, tuple[Manifest, bytes | None]] = OrderedDict()
         self.meanings = Meanings(config.resolve_ttl_s)
-        self._answers: OrderedDict[tuple[str, str], tuple[Any, float]] = OrderedDict()
+        self._asker = Asker(remote, config.resolve_ttl_s, on_change=self.meanings.clear)
         self._noted = Noted(store)
         self._membership = Membership(remote, store)
         self._signatures = Signatures(config.signatures, store)
-        self._quiet_until = float("-inf")
-        self._failure: UenvError | None = None
 
     @property
     def remote(self) -> Remote:
@@ -216,12 +197,12 @@ class Catalogue:
         def remember(meta: ImageMeta | None, when_s: float) -> None:
             memory.remember_document(name, None if meta is None else meta.to_wire(), when_s)
 
-        answer: tuple[ImageMeta | None, float] = self._answers.get(("meta", found.digest), (None, 0.0))
+        answer: tuple[ImageMeta | None, float] = self._asker.known(("meta", found.digest)) or (None, 0.0)
         meta, when_s = answer
         if meta is not None and not question.refresh and 0 <= time.time() - when_s < _ATTACHED_TTL_S:
             return meta  # five questions to a registry without referrers API, for what hardly ever changes
         try:
-            return await self._remembered(
+            return await self._asker.remembered(
                 ("meta", found.digest),
                 question,
                 ask=lambda: attached_meta(self._remote, found.repository.path, found.digest),
@@ -241,7 +222,7 @@ class Catalogue:
     async def document(self, name: str, question: Question, ask: Callable[[], Any]) -> Any:  # noqa: ANN401 - any JSON value
         """Return a JSON value that ``ask`` makes of what the registry has, remembered under a name. Raises what ``ask`` raises."""
         memory = self._store.memory
-        return await self._remembered(
+        return await self._asker.remembered(
             ("document", name),
             question,
             ask=ask,
@@ -354,7 +335,7 @@ class Catalogue:
             memory.remember_document(name, None if index is None else index.encode().decode(), when_s)
 
         try:
-            return await self._remembered(
+            return await self._asker.remembered(
                 ("index", f"{namespace}/{system}"), question, ask=ask, recall=recall, remember=remember
             )
         except UenvError as error:
@@ -364,7 +345,7 @@ class Catalogue:
 
     async def _listed_repositories(self, wanted: Label, question: Question) -> list[str]:
         prefix = f"{wanted.namespace}/" if wanted.system == "*" else f"{wanted.namespace}/{wanted.system}/"
-        return await self._remembered(
+        return await self._asker.remembered(
             ("repositories", prefix),
             question,
             ask=lambda: self._remote.repositories(prefix),
@@ -374,7 +355,7 @@ class Catalogue:
 
     async def tags(self, repository: str, question: Question) -> list[str]:
         """Return the tags of a repository; [] when there is no such repository."""
-        return await self._remembered(
+        return await self._asker.remembered(
             ("tags", repository),
             question,
             ask=lambda: self._remote.tags(repository),
@@ -390,7 +371,7 @@ class Catalogue:
             self._keep(manifest, self._fetch_config(repository, manifest))
             return manifest.digest
 
-        return await self._remembered(
+        return await self._asker.remembered(
             ("digest", f"{repository}:{tag}"),
             question,
             ask=ask,
@@ -402,7 +383,7 @@ class Catalogue:
         try:
             await self._manifest(repository.path, digest, question)
             if self._config.access:
-                await self._ask(question, lambda: self._membership.require(repository.path, digest))
+                await self._asker.ask(question, lambda: self._membership.require(repository.path, digest))
         except NotFound:
             return False
         return True
@@ -417,7 +398,7 @@ class Catalogue:
                 manifest = self._remote.manifest(repository, digest)
                 return manifest, self._fetch_config(repository, manifest)
 
-            kept = await self._ask(question, ask)
+            kept = await self._asker.ask(question, ask)
         self._keep(*kept)
         return kept
 
@@ -435,75 +416,3 @@ class Catalogue:
         self._manifests.move_to_end(manifest.digest)
         while len(self._manifests) > _MAX_MANIFESTS:
             self._manifests.popitem(last=False)
-
-    async def _remembered(
-        self,
-        key: tuple[str, str],
-        question: Question,
-        *,
-        ask: Callable[[], T],
-        recall: Callable[[], tuple[T, float] | None],
-        remember: Callable[[T, float], None],
-    ) -> T:
-        known: tuple[T, float] | None = self._answers.get(key)
-        if known is None:
-            known = await disk.call(recall)
-        now_s = time.time()
-        if known is not None:
-            question.oldest_s = max(question.oldest_s or 0.0, now_s - known[1])
-            if question.remembered_only:
-                return known[0]
-        if known is not None and not question.refresh and 0 <= now_s - known[1] < self._config.resolve_ttl_s:
-            return known[0]
-        try:
-            answer = await self._ask(question, ask)
-        except (RegistryUnreachable, RegistryDenied) as error:
-            if known is None:
-                raise
-            question.note_stale(error, now_s - known[1])
-            return known[0]
-        if known is None or known[0] != answer:
-            self.meanings.clear()
-        self._answers[key] = (answer, now_s)
-        self._answers.move_to_end(key)
-        while len(self._answers) > _MAX_ANSWERS:
-            self._answers.popitem(last=False)
-        if known is None and not answer:
-            return answer  # names that somebody made up do not fill the disk
-        if known is None or known[0] != answer or now_s - known[1] > _REWRITE_S:
-            await disk.call(remember, answer, now_s)
-        return answer
-
-    async def _ask(self, question: Question, ask: Callable[[], T]) -> T:
-        """Ask the registry within the question's deadline. Raises `RegistryUnreachable` and the registry's other errors."""
-        if question.remembered_only:
-            raise RegistryUnreachable("the registry has not been asked that yet")
-        if trio.current_time() < self._quiet_until and self._failure is not None:
-            raise RegistryUnreachable(self._failure.message, hint=self._failure.hint)
-        left_s = question.deadline_s - trio.current_time()
-
-        def in_thread() -> T:
-            with self._remote.deadline(max(left_s, 0.05)):
-                return ask()
-
-        try:
-            with METRICS.question(), trio.fail_at(question.deadline_s + _THREAD_GRACE_S):
-                answer = await trio.to_thread.run_sync(
-                    in_thread, limiter=self._limiter, abandon_on_cancel=True
-                )
-        except trio.TooSlowError:
-            error: UenvError = RegistryUnreachable(
-                f"the registry {self._remote.address} does not answer in time"
-            )
-            self._be_quiet(error)
-            raise error from None
-        except RegistryUnreachable as error:
-            self._be_quiet(error)
-            raise
-        self._quiet_until = float("-inf")
-        return answer
-
-    def _be_quiet(self, error: UenvError) -> None:
-        log.warning("%s", error)
-        self._failure = error
-        self._quiet_until = trio.current_time() + _QUIET_S

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from uenvd.config import Limits
 from uenvd.daemon.peer import Identity
 from uenvd.daemon.requests import Wanted
-from uenvd.daemon.served import BlobSource, FileSource, Served, ServedImages
+from uenvd.daemon.served import BlobSource, FileSource, Served
+from uenvd.daemon.servedimages import ServedImages
 from uenvd.errors import LimitExceeded
 from uenvd.label import ViewName
 from uenvd.oci.remote import Remote

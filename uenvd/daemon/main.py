@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         "--rate", type=_size, metavar="SIZE", help="read at most this much per second (100MiB)"
     )
     args = parser.parse_args(argv)
+    if args.check and args.command is not None:
+        parser.error(f"--check does not go with {args.command}: it checks the configuration and ends")
     set_up("auto", verbose=args.verbose)
     try:
         config = load(args.config, parse_registry)

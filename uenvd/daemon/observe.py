@@ -1,4 +1,4 @@
-"""What can be asked about the daemon itself: the operations `metrics` and `job`, and the readers of the gauges.
+"""What can be asked about the daemon itself: the operations `status`, `metrics` and `job`, and the readers of the gauges.
 
 Concurrency: gauges are read in the event loop and look only at what is in memory; the size of the cache, which costs I/O, is asked for in a
 thread before the text is made.
@@ -15,15 +15,20 @@ from typing import Any, Final
 
 import trio
 
-from uenvd import protocol
+from uenvd import __version__, protocol
 from uenvd.cache.store import Store
+from uenvd.config import Config
 from uenvd.daemon import disk
+from uenvd.daemon.access import Permit
 from uenvd.daemon.control import Answer, Connection
 from uenvd.daemon.journal import Journal, Used, now_s
 from uenvd.daemon.leases import Lease, Leases
 from uenvd.daemon.metrics import METRICS, Metrics
-from uenvd.daemon.served import BlobSource, Served, ServedImages
+from uenvd.daemon.served import BlobSource, Served
+from uenvd.daemon.servedimages import ServedImages
+from uenvd.daemon.telling import lease_frame, level_frame, served_frame
 from uenvd.errors import UenvError
+from uenvd.oci.remote import Remote
 from uenvd.protocol import Request
 from uenvd.views import applied_views
 
@@ -35,14 +40,22 @@ class Observer:
 
     def __init__(
         self,
+        config: Config,
+        remote: Remote,
         *,
         store: Store,
         served: ServedImages,
         leases: Leases,
         journal: Journal,
+        connections: Callable[[], int],
         metrics: Metrics = METRICS,
     ) -> None:
+        self._config = config
+        self._remote = remote
         self._store = store
+        self._served = served
+        self._leases = leases
+        self._connections = connections
         self.journal = journal
         self._metrics = metrics
         self._fresh: dict[str, str] = {}
@@ -51,10 +64,7 @@ class Observer:
         metrics.workers.read_from(lambda: sum(one.worker is not None for one in served))
         metrics.descriptors.read_from(_open_descriptors)
         metrics.memory_bytes.read_from(_resident_bytes)
-
-    def watch_connections(self, connections: Callable[[], int]) -> None:
-        """Read the number of connections from here."""
-        self._metrics.connections.read_from(connections)
+        metrics.connections.read_from(connections)
 
     # --- what the service tells ---------------------------------------------------------------------------------------------------------
 
@@ -114,6 +124,32 @@ class Observer:
         self._metrics.cache_bytes.set(used)
         self._metrics.cache_free_bytes.set(free)
         return self._metrics.text()
+
+    async def status(self, connection: Connection, permit: Permit) -> Answer:
+        """Answer the operation `status`: what is served. Files and leases of others are root's business only."""
+        uid = connection.peer.identity.uid
+
+        def is_visible(served: Served) -> bool:
+            if served.owner is not None:
+                return uid in (0, served.owner.uid)
+            repository = served.repository
+            return permit.allows(repository.label) if repository is not None else uid == 0
+
+        levels = await disk.call(self._store.levels)
+        return Answer(
+            protocol.success(
+                version=__version__,
+                system=self._config.system,
+                uarch=self._config.uarch,
+                registry=str(self._remote.address),
+                mount_points=list(self._config.mount_points),
+                images=[served_frame(served) for served in self._served if is_visible(served)],
+                leases=[lease_frame(lease) for lease in self._leases if uid in (0, lease.owner.uid)],
+                cache=level_frame(levels[0]) | {"levels": [level_frame(level) for level in levels]},
+                connections=self._connections(),
+                metrics=self.summary(),
+            )
+        )
 
     async def metrics(self) -> Answer:
         """Answer the operation `metrics`."""

@@ -1,20 +1,17 @@
-"""What a request names: descriptions turned into images, mount points and views. No I/O but the catalogue's."""
+"""What a request names: descriptions turned into images, mount points and views. No I/O but that of the catalogue and of `ownfiles`."""
 
 from __future__ import annotations
 
 import os.path
-import pwd
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import trio
-
 from uenvd.config import Config
+from uenvd.daemon import ownfiles
 from uenvd.daemon.catalogue import Catalogue
-from uenvd.daemon.peer import Identity
 from uenvd.daemon.question import Image, Question
-from uenvd.errors import AccessDenied, LabelError, MountConflict, NoMetadata, UsageError, WrongArchitecture
+from uenvd.errors import MountConflict, NoMetadata, UsageError, WrongArchitecture
 from uenvd.label import Description, Label, ViewName, parse_descriptions, parse_views
 from uenvd.views import EnvOp, ImageMeta, applied_key, select_views, view_ops, with_restore
 
@@ -72,44 +69,28 @@ class Wanted:
         return self.image.found.label if self.image else self.description.label
 
 
-async def look_up(catalogue: Catalogue, text: str, cwd: str | None, question: Question) -> list[Wanted]:
-    """Find out what a description list means. Raises what `Catalogue.resolve` raises, `LabelError`, `MountConflict`."""
+async def look_up(
+    catalogue: Catalogue, text: str, cwd: str | None, question: Question, *, for_elsewhere: bool = False
+) -> list[Wanted]:
+    """Find out what a description list means. ``for_elsewhere``: to other nodes, which may have directories that this one lacks.
+
+    Raises what `Catalogue.resolve` and `ownfiles.find` raise, `LabelError`, `MountConflict`.
+    """
     found = []
     for description in parse_descriptions(text):
         label = description.label
         if description.path is not None:
             found.append(Wanted(description, None, _absolute(description.path, cwd)))
         elif label is not None and label.namespace is not None and label.namespace in catalogue.sources:
-            directory = catalogue.sources[label.namespace]
-            path = await trio.to_thread.run_sync(own_image, directory, label, question.owner)
-            found.append(Wanted(description, None, path))
+            own = await ownfiles.find(
+                catalogue.sources[label.namespace], label, question, elsewhere=for_elsewhere
+            )
+            found.append(Wanted(description._replace(label=own.label), None, _normal(own.path)))
         else:
             assert description.label is not None
             found.append(Wanted(description, await catalogue.resolve(description.label, question), None))
     _refuse_twins(found)
     return found
-
-
-def own_image(directory: str, label: Label, owner: Identity | None) -> str:
-    """Return the path of ``name/version:tag`` below a directory of users' own images: ``name/version/tag.squashfs`` (blocking).
-
-    Only a name is made here: the file is opened by a process with the owner's rights. Raises `LabelError`, `AccessDenied`.
-    """
-    if label.name is None or label.system or label.uarch or label.digest:
-        raise LabelError(
-            f"'{label}' names no file of the source '{label.namespace}'",
-            hint=f"name it {label.namespace}::NAME, NAME/VERSION or NAME/VERSION:TAG",
-        )
-    if owner is None:
-        raise AccessDenied("nobody is known for whom the file would be opened")
-    if "%" in directory:
-        try:
-            entry = pwd.getpwuid(owner.uid)
-        except KeyError:
-            raise AccessDenied(f"this node knows no user with uid {owner.uid}") from None
-        directory = directory.replace("%h", entry.pw_dir).replace("%u", entry.pw_name)
-    parts = [part for part in (label.name, label.version, label.tag) if part is not None]
-    return _normal(os.path.join(directory, *parts) + ".squashfs")
 
 
 def _absolute(path: str, cwd: str | None) -> str:

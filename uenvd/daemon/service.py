@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import trio
 
-from uenvd import __version__, mounts, protocol
+from uenvd import mounts, protocol
 from uenvd.cache.store import Store
 from uenvd.config import Config
 from uenvd.daemon import disk, known, requests
@@ -34,8 +34,9 @@ from uenvd.daemon.promises import Promises
 from uenvd.daemon.pulls import Pulls
 from uenvd.daemon.question import Image, Question
 from uenvd.daemon.requests import Wanted
-from uenvd.daemon.served import Served, ServedImages
-from uenvd.daemon.telling import date_of, level_frame, progress_frame, pull_frame
+from uenvd.daemon.served import Served
+from uenvd.daemon.servedimages import ServedImages
+from uenvd.daemon.telling import date_of, progress_frame, pull_frame
 from uenvd.errors import (
     LimitExceeded,
     MountConflict,
@@ -89,9 +90,14 @@ class Service:
         self._cached = Cached(config, store, served, self._access)
         self.connections: Callable[[], int] = lambda: 0
         self.observer = Observer(
-            store=store, served=served, leases=self._leases, journal=Journal(config.state_dir)
+            config,
+            catalogue.remote,
+            store=store,
+            served=served,
+            leases=self._leases,
+            journal=Journal(config.state_dir),
+            connections=lambda: self.connections(),
         )
-        self.observer.watch_connections(lambda: self.connections())
 
     async def handle(self, connection: Connection, request: Request) -> Answer:
         """Carry one request out. Raises errors of the tree, which become its final frame."""
@@ -117,7 +123,8 @@ class Service:
             case "recipe":
                 return await self._recipe(connection, request)
             case "status":
-                return await self._status(connection)
+                permit = await self._access.permit(connection.peer.identity)
+                return await self.observer.status(connection, permit)
             case "metrics":
                 return await self.observer.metrics()
             case "job":
@@ -143,7 +150,9 @@ class Service:
         question = await self._question(connection, request)
         job = request.job[0] if request.job is not None and connection.peer.is_root else None
         text = self._promises.recall(job, request.uenv, request.cwd) or request.uenv
-        images = await requests.look_up(self._catalogue, text, request.cwd, question)
+        images = await requests.look_up(
+            self._catalogue, text, request.cwd, question, for_elsewhere=request.submit
+        )
         views = requests.wanted_views(request.view)
         metas = [wanted.meta for wanted in images]
         if all(wanted.mount is not None for wanted in images):
@@ -461,55 +470,6 @@ class Service:
                 if pull.error is not None:
                     raise pull.error
         await self._pulls.record(image)
-
-    async def _status(self, connection: Connection) -> Answer:
-        """Say what is served. Files and leases of others are root's business only."""
-        uid = connection.peer.identity.uid
-
-        permit = await self._access.permit(connection.peer.identity)
-
-        def is_visible(served: Served) -> bool:
-            if served.owner is not None:
-                return uid in (0, served.owner.uid)
-            repository = served.repository
-            return permit.allows(repository.label) if repository is not None else uid == 0
-
-        levels = await disk.call(self._store.levels)
-        return Answer(
-            protocol.success(
-                version=__version__,
-                system=self._config.system,
-                uarch=self._config.uarch,
-                registry=str(self._catalogue.remote.address),
-                mount_points=list(self._config.mount_points),
-                images=[
-                    {
-                        "digest": served.digest,
-                        "label": served.label,
-                        "state": served.state,
-                        "leases": served.leases,
-                        "done_bytes": served.arrived_bytes,
-                        "total_bytes": served.total_bytes,
-                        "worker": served.worker.pid if served.worker else None,
-                        "workers": list(served.worker.worker_pids) if served.worker else [],
-                    }
-                    for served in self._served
-                    if is_visible(served)
-                ],
-                leases=[
-                    {
-                        "uid": lease.owner.uid,
-                        "labels": [wanted.label for wanted in lease.images],
-                        "job": lease.job,
-                    }
-                    for lease in self._leases
-                    if uid in (0, lease.owner.uid)
-                ],
-                cache=level_frame(levels[0]) | {"levels": [level_frame(level) for level in levels]},
-                connections=self.connections(),
-                metrics=self.observer.summary(),
-            )
-        )
 
 
 def _best_meta(wanted: Wanted, served: Served) -> ImageMeta | None:

@@ -24,6 +24,25 @@ def level_frame(level: Level) -> dict[str, Any]:
     }
 
 
+def served_frame(served: Served) -> dict[str, Any]:
+    """Return how an image is served, for `status`."""
+    return {
+        "digest": served.digest,
+        "label": served.label,
+        "state": served.state,
+        "leases": served.leases,
+        "done_bytes": served.arrived_bytes,
+        "total_bytes": served.total_bytes,
+        "worker": served.worker.pid if served.worker else None,
+        "workers": list(served.worker.worker_pids) if served.worker else [],
+    }
+
+
+def lease_frame(lease: Lease) -> dict[str, Any]:
+    """Return who has what, for `status`."""
+    return {"uid": lease.owner.uid, "labels": [wanted.label for wanted in lease.images], "job": lease.job}
+
+
 def progress_frame(lease: Lease) -> protocol.Frame:
     """Return how far the images of a lease are, as an event."""
     waiting: Sequence[Served] = [served for served in lease.served if served.state != "serving"]

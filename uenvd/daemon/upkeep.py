@@ -30,7 +30,7 @@ from uenvd.daemon.metrics import METRICS
 from uenvd.daemon.pulls import Pulls
 from uenvd.daemon.question import Image, make_image
 from uenvd.daemon.resolution import Found, Repository
-from uenvd.daemon.served import ServedImages
+from uenvd.daemon.servedimages import ServedImages
 from uenvd.errors import Cancelled, UenvError
 from uenvd.oci.remote import Remote
 

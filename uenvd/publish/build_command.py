@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from uenvd.errors import AuditFailed, BuildFailed, UsageError
-from uenvd.publish.build import Built, Site, build
+from uenvd.errors import AuditFailed
+from uenvd.label import parse_namespaced_label
+from uenvd.own import NAMESPACE
+from uenvd.publish.build import Site, build
 from uenvd.publish.build.audit import summary
 from uenvd.publish.build.builder import FINDINGS
-from uenvd.publish.build.compare import differences, shown
 from uenvd.publish.build.inputs import default_cache
 from uenvd.publish.build.kinds import MIRROR_VARIABLE, PROGRAMS_VARIABLE, SYSTEM_VARIABLE
 from uenvd.publish.console import say, show, show_json
 from uenvd.publish.elsewhere import run_elsewhere
 from uenvd.publish.explain import against_directory, against_image
-from uenvd.publish.options import add_registry_options, add_site_options, open_registry
+from uenvd.publish.options import (
+    REGISTRY_OPTIONS,
+    SITE_OPTIONS,
+    add_registry_options,
+    add_site_options,
+    open_registry,
+    refuse,
+)
 from uenvd.publish.recipe import Recipe, load_recipe
 from uenvd.publish.source import find_image
+from uenvd.publish.twice import require_same
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        default=Path(),
-        help="where the image goes; default: the working directory",
+        help="without LABEL: where the image goes; default: the working directory",
     )
     parser.add_argument(
         "--cache",
@@ -49,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where downloads are kept; default $UENVD_CACHE_DIR, else ~/.cache/uenvd-publish",
     )
     parser.add_argument(
-        "--again", action="store_true", help="build also when the directory has the image of this very recipe"
+        "--again", action="store_true", help="build also when the image of this very recipe is there"
     )
     parser.add_argument(
         "--explain",
@@ -59,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         metavar="LABEL",
-        help="with --explain: compare with this image of the registry; default: with the image in --out",
+        help="with --explain: compare with this image, of the registry or your own (mine::...); default: with the image of LABEL, "
+        "without one with that in --out",
     )
     parser.add_argument(
         "--check",
@@ -112,20 +120,19 @@ def site_of(arguments: argparse.Namespace) -> Site:
 
 def run(arguments: argparse.Namespace) -> int:
     """Build; the image's path and digest go to stdout."""
+    _refuse_without_effect(arguments)
     site = site_of(arguments)
+    if arguments.explain:
+        return _explain(arguments, site)
     if arguments.label is not None:
         from uenvd.publish import user_build
 
         return user_build.run(arguments, site)
     recipe = load_recipe(arguments.recipe)
-    if arguments.explain:
-        return _explain(arguments, recipe, site)
-    if arguments.against:
-        raise UsageError("--against is for --explain", hint="say both, or neither")
     say(f"building {recipe.label} ({recipe.format})")
     built = build(
         recipe,
-        arguments.out,
+        arguments.out or Path(),
         cache=arguments.cache or default_cache(),
         say=lambda text: say(f"  {text}"),
         again=arguments.again,
@@ -143,7 +150,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise AuditFailed(f"the image does not work elsewhere:\n{summary(findings)}")
         say("its smoke tests pass elsewhere, too")
     if arguments.check:
-        _check(arguments, recipe, built, site)
+        cache = arguments.cache or default_cache()
+        require_same(recipe, built, cache=cache, tell=lambda text: say(f"  {text}"), site=site)
     if arguments.json:
         show_json(
             {
@@ -160,36 +168,75 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _explain(arguments: argparse.Namespace, recipe: Recipe, site: Site) -> int:
-    if arguments.against:
-        with closing(open_registry(arguments)) as remote:
-            there = find_image(arguments, remote, arguments.against)
-            reasons = against_image(recipe, remote, there.repository, there.digest, site=site)
+def _refuse_without_effect(arguments: argparse.Namespace) -> None:
+    """Refuse options that say nothing beside the others. Raises `UsageError`."""
+    if arguments.explain:
+        refuse(
+            arguments,
+            ("again", "check", "run=elsewhere", "no-tests"),
+            "has no meaning with --explain, which builds nothing",
+            hint="leave out one of the two",
+        )
     else:
-        reasons = against_directory(recipe, arguments.out.absolute(), site=site)
+        refuse(arguments, ("against",), "is for --explain", hint="say both, or neither")
+    if arguments.label is not None:
+        refuse(
+            arguments,
+            ("out",),
+            "is for a build without LABEL: an image with a label goes into your own store",
+            hint="leave out one of the two",
+        )
+        return
+    refuse(arguments, ("no-tests",), "is for LABEL: without one nothing is tested")
+    if arguments.against is None:
+        refuse(
+            arguments,
+            (*REGISTRY_OPTIONS, *SITE_OPTIONS),
+            "has no meaning for a file: nothing is pushed",
+            hint="with a LABEL the image is stored under it; uenvd-publish push, run: into a registry",
+        )
+    else:
+        refuse(
+            arguments, ("out",), "and --against name two images to compare with", hint="say one of the two"
+        )
+
+
+def _explain(arguments: argparse.Namespace, site: Site) -> int:
+    """Show why an image would be built."""
+    from uenvd.publish import user_build
+
+    if arguments.label is not None:
+        recipe, place = user_build.asked(arguments, make=False)
+        label = place.name
+    else:
+        recipe, place = load_recipe(arguments.recipe), None
+        label = recipe.label
+    if arguments.against is not None:
+        if place is not None:
+            place.remote.close()
+        reasons = _reasons_against(arguments, recipe, site)
+    elif place is not None:
+        reasons = user_build.reasons(recipe, place, site)
+    else:
+        reasons = against_directory(recipe, (arguments.out or Path()).absolute(), site=site)
     if arguments.json:
-        show_json({"label": recipe.label, "build": bool(reasons), "reasons": reasons})
+        show_json({"label": label, "build": bool(reasons), "reasons": reasons})
         return 0
     for reason in reasons:
         show(reason)
     if not reasons:
-        say(f"nothing changed: the image of {recipe.label} that is there would be made again")
+        say(f"nothing changed: the image of {label} that is there would be made again")
     return 0
 
 
-def _check(arguments: argparse.Namespace, recipe: Recipe, built: Built, site: Site) -> None:
-    """Build once more, elsewhere, and compare. Raises `BuildFailed` with the files that differ."""
-    say("building it once more, in another directory")
-    with tempfile.TemporaryDirectory(prefix=".check-", dir=built.image.parent) as name:
-        second = build(
-            recipe, Path(name), cache=arguments.cache or default_cache(), say=lambda text: say(f"  {text}"), again=True, site=site,
-        )  # fmt: skip
-        if second.digest == built.digest:
-            say(f"the same image: {built.digest}")
-            return
-        lines = differences(built.image, second.image)
-    raise BuildFailed(
-        f"two builds of {recipe.label} made two images: {built.digest} and {second.digest}\n"
-        + (shown(lines) if lines else "  all files are equal: the squashfs file itself differs"),
-        hint="docs/recipes.md says what usually differs, and what to do about it",
-    )
+def _reasons_against(arguments: argparse.Namespace, recipe: Recipe, site: Site) -> list[str]:
+    """Return how the image of a recipe would differ from that of ``--against``. Raises what `find_image` raises, and the registry's errors."""
+    if parse_namespaced_label(arguments.against).namespace == NAMESPACE:
+        refuse(arguments, REGISTRY_OPTIONS, f"is for a registry, and {arguments.against} is in your account")
+        from uenvd.publish.user_build import own_image  # what it needs takes a while to import
+
+        with own_image(arguments, arguments.against, os.environ) as (remote, repository, digest):
+            return against_image(recipe, remote, repository, digest, site=site)
+    with closing(open_registry(arguments)) as remote:
+        there = find_image(arguments, remote, arguments.against)
+        return against_image(recipe, remote, there.repository, there.digest, site=site)

@@ -17,7 +17,7 @@ from uenvd.publish.comparison import performance_of
 from uenvd.publish.console import say
 from uenvd.publish.gate import check_tested
 from uenvd.publish.history import note_release
-from uenvd.publish.options import DEPLOY, parse_site_label, system_of
+from uenvd.publish.options import DEPLOY, parse_site_label, refuse, system_of
 from uenvd.publish.push import MOVING_TAGS, Target, check_kept, check_tag, target_of
 from uenvd.publish.releases import list_repositories, note_json, refresh_repository
 
@@ -169,6 +169,10 @@ def _source(arguments: argparse.Namespace, remote: Remote) -> Target:
             )
         return find_digest(remote, arguments.source, system, arguments.label)
     label = parse_site_label(arguments, arguments.label)
+    if label.namespace is not None and label.namespace != arguments.source:
+        refuse(
+            arguments, ("from=source",), f"and the label, which is of {label.namespace!r}, say two namespaces"
+        )
     return target_of(
         str(label._replace(namespace=label.namespace or arguments.source)), None, digest_allowed=True
     )

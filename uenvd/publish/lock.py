@@ -14,6 +14,7 @@ from uenvd.errors import BuildFailed, RecipeError, ResourceMissing, UsageError
 from uenvd.publish.build.downloads import NotThere, any_content, places_of_source
 from uenvd.publish.build.inputs import FETCH_S, default_cache, keep_file, scratch_directory, sha256_of
 from uenvd.publish.console import say, show
+from uenvd.publish.options import refuse
 from uenvd.publish.recipe.lockfile import (
     Package,
     SourceFile,
@@ -69,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the lock files; what changed goes to stdout."""
     directory: Path = arguments.recipe
+    if arguments.source and not arguments.add:
+        refuse(
+            arguments,
+            ("file", "toolchain"),
+            "is for packages, and only source files are pinned with --source alone",
+            hint="say which packages, too: --add PACKAGE; or first the packages, then the sources",
+        )
     if not directory.is_dir():
         raise UsageError(f"{directory} is no directory")
     cache: Path = (arguments.cache or default_cache()).absolute()

@@ -266,7 +266,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         if name == asked:
             module = _import(command.module)
             module.add_arguments(one)
-            one.set_defaults(run=module.run, command=name)
+            one.set_defaults(run=module.run, command=name, default_of=one.get_default)
     return parser
 
 

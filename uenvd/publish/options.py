@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,8 @@ BUILD: Final = "build"
 """Namespace of images that wait for their tests; their tags are never overwritten."""
 DEPLOY: Final = "deploy"
 """Namespace of images that are released."""
+REGISTRY_OPTIONS: Final = ("registry", "auth-file", "username", "token-file", "ca-file")
+SITE_OPTIONS: Final = ("system", "uarch")
 
 
 def add_registry_options(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +49,12 @@ def add_registry_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_system_option(parser: argparse.ArgumentParser) -> None:
+    """Add for which cluster: of a command that is about all of one."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--system", metavar="SYSTEM", help="the cluster; default $UENVD_SYSTEM")
+
+
 def add_site_options(parser: argparse.ArgumentParser) -> None:
     """Add for which machine: the parts of a label that a site's commands have in common."""
     group = parser.add_argument_group("machine")
@@ -59,6 +68,21 @@ def add_site_options(parser: argparse.ArgumentParser) -> None:
         metavar="UARCH",
         help="the microarchitecture, where a label does not say %%uarch; default $UENVD_UARCH",
     )
+
+
+def refuse(
+    arguments: argparse.Namespace, options: Iterable[str], why: str, *, hint: str | None = None
+) -> None:
+    """Refuse options that were given and would have no effect. Raises `UsageError`: the first of them, and ``why``.
+
+    ``options`` as they are written, without the dashes; where an option's value is kept under another name, ``option=name``. One that was given
+    with the value that is its default is as good as left out.
+    """
+    for option in options:
+        written, _, kept = option.partition("=")
+        name = kept or written.replace("-", "_")
+        if getattr(arguments, name) != arguments.default_of(name):
+            raise UsageError(f"--{written} {why}", hint=hint)
 
 
 def open_registry(arguments: argparse.Namespace, address: str | None = None) -> Remote:

@@ -10,6 +10,7 @@ from typing import Any
 
 from uenvd.errors import StorageError, UsageError
 from uenvd.publish.console import say, show, show_json, show_table
+from uenvd.publish.options import refuse
 from uenvd.publish.plan import DEFAULT_SITE, Plan, load_plan
 from uenvd.publish.plan.changes import Changes, changes_since
 from uenvd.publish.plan.github import github_workflow
@@ -109,6 +110,12 @@ def select(arguments: argparse.Namespace, plan: Plan) -> tuple[Plan, Changes | N
 
 def run(arguments: argparse.Namespace) -> int:
     """Show or write the plan; errors of its cells are told, and refuse it at the end."""
+    if arguments.write is None:
+        refuse(arguments, ("deploy", "policy", "executor", "before", "image", "runner"), "is for --write")
+    else:
+        refuse(arguments, ("json",), "shows the plan, and --write writes it", hint="leave out one of the two")
+    if arguments.deploy is None:
+        refuse(arguments, ("policy",), "is for releases", hint="say --deploy TAG, too")
     if arguments.write is not None and arguments.write[0] not in WRITERS:
         raise UsageError(f"{arguments.write[0]!r} is no CI system", hint=f"there are: {', '.join(WRITERS)}")
     if arguments.deploy is not None:

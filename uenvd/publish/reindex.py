@@ -7,14 +7,14 @@ from contextlib import closing
 
 from uenvd.oci.index import index_repository
 from uenvd.publish.console import say
-from uenvd.publish.options import DEPLOY, add_registry_options, add_site_options, need_system, open_registry
+from uenvd.publish.options import DEPLOY, add_registry_options, add_system_option, need_system, open_registry
 from uenvd.publish.releases import reindex
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("--namespace", default=DEPLOY, metavar="NS", help=f"default {DEPLOY}")
-    add_site_options(parser)
+    add_system_option(parser)
     add_registry_options(parser)
 
 

@@ -23,7 +23,7 @@ from uenvd.publish.options import (
     BUILD,
     DEPLOY,
     add_registry_options,
-    add_site_options,
+    add_system_option,
     need_system,
     open_registry,
 )
@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--namespace", default=DEPLOY, metavar="NS", help=f"default {DEPLOY}")
     parser.add_argument("--yes", action="store_true", help="do it")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_site_options(parser)
+    add_system_option(parser)
     add_registry_options(parser)
 
 

@@ -26,11 +26,13 @@ from uenvd.publish.console import reporter, say, show, show_json
 from uenvd.publish.deploy import Deployed
 from uenvd.publish.options import (
     BUILD,
+    SITE_OPTIONS,
     add_registry_options,
     add_site_options,
     need_system,
     need_uarch,
     open_registry,
+    refuse,
 )
 from uenvd.publish.pipeline.command import run_order, run_plan, run_stage
 from uenvd.publish.pipeline.executors.local import DEFAULT_MEMORY_BYTES
@@ -39,13 +41,35 @@ from uenvd.publish.plan.jobs import EXECUTORS
 from uenvd.publish.plan_command import add_plan_options, select
 from uenvd.publish.push import Target, check_tag
 from uenvd.publish.recipe import Recipe, load_recipe
-from uenvd.publish.release import add_release_options, check_waiver, release
-from uenvd.publish.status import add_forge_options
-from uenvd.publish.test import add_test_options, clean, duration, make_workdir, summary, tell, wishes_of
+from uenvd.publish.release import add_release_options, release
+from uenvd.publish.status import FORGE_OPTIONS, add_forge_options
+from uenvd.publish.test import (
+    add_test_options,
+    check_test_options,
+    clean,
+    duration,
+    make_workdir,
+    summary,
+    tell,
+    wishes_of,
+)
 from uenvd.publish.testing import Tested, examine, require_pass
 
 RECIPE_FILES: Final = ("config.yaml", "environments.yaml")
 _SHORT_DIGITS: Final = 16
+_OF_EXECUTORS: Final[dict[tuple[str, ...], tuple[str, ...]]] = {
+    ("local",): ("jobs", "memory-per-job"),
+    ("slurm", "firecrest"): ("sbatch-option", "poll"),
+    ("firecrest",): ("remote-dir", "remote-command", "remote-system"),
+}
+"""Options that only some executors have."""
+_OF_PLANS: Final = (
+    *("config", "recipes", "changed", "deployed"),
+    *("executor", "stage", "work", "retest", "junit", "dotenv", "site"),
+    *(option for options in _OF_EXECUTORS.values() for option in options),
+    *FORGE_OPTIONS,
+)
+"""Options that a recipe's directory has no use for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,6 +203,7 @@ class Steps:
 def run(arguments: argparse.Namespace) -> int:
     """Run a recipe or a plan; digests go to stdout."""
     recipe = _recipe(arguments)
+    _refuse_without_effect(arguments, recipe)
     if recipe is not None:
         return _run_recipe(arguments, recipe)
     plan = load_plan(arguments.config, recipes=arguments.recipes)
@@ -186,9 +211,50 @@ def run(arguments: argparse.Namespace) -> int:
         return run_plan(select(arguments, plan)[0], arguments)
     if arguments.patterns:
         raise UsageError("--cell names one cell, and further patterns say others", hint="say one of the two")
-    if arguments.stage is not None and arguments.executor == "local":
+    if _is_one_stage(arguments):
         return run_stage(plan, arguments)
     return run_plan(plan.narrowed([plan.cell(arguments.cell)]), arguments)
+
+
+def _refuse_without_effect(arguments: argparse.Namespace, recipe: Path | None) -> None:
+    """Refuse options that mean nothing for what is run. Raises `UsageError`."""
+    check_test_options(arguments)
+    if arguments.deploy is None:
+        refuse(arguments, ("policy", "sign", "no-latest"), "is for a release", hint="say --deploy TAG, too")
+    if recipe is not None:
+        refuse(
+            arguments,
+            _OF_PLANS,
+            f"is for a plan, and {recipe} is the directory of one recipe",
+            hint="leave out the option, or name cells: NAME/VERSION@SYSTEM",
+        )
+        return
+    refuse(
+        arguments, ("out",), "is for the directory of one recipe", hint="images of a plan are in --work DIR"
+    )
+    if arguments.cell is not None:
+        refuse(arguments, ("changed", "deployed", *SITE_OPTIONS), "chooses cells, and --cell names one")
+    for executors, options in _OF_EXECUTORS.items():
+        if arguments.executor not in executors:
+            refuse(arguments, options, f"is for --executor {' and '.join(executors)}")
+    if not _is_one_stage(arguments):
+        # One that is carried out here may be a part of a run, whose options it gets.
+        if arguments.stage in ("build", "test"):
+            refuse(
+                arguments, ("deploy",), f"is for the stage deploy, and only {arguments.stage} is asked for"
+            )
+    else:
+        refuse(
+            arguments,
+            (*_OF_EXECUTORS["local",], "site", *FORGE_OPTIONS),
+            "is for a run of several stages",
+            hint="of one stage: uenvd-publish status posts its state",
+        )
+
+
+def _is_one_stage(arguments: argparse.Namespace) -> bool:
+    """Tell whether this very process is to carry out a stage."""
+    return arguments.cell is not None and arguments.stage is not None and arguments.executor == "local"
 
 
 def _recipe(arguments: argparse.Namespace) -> Path | None:
@@ -206,7 +272,6 @@ def _run_recipe(arguments: argparse.Namespace, directory: Path) -> int:
     pipeline = arguments.pipeline or os.environ.get("CI_PIPELINE_ID")
     if pipeline is not None:
         check_tag(pipeline)
-    check_waiver(arguments.waive_tests)
     order = run_order(arguments)
     steps = Steps(say)
     tested: Tested

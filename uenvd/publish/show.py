@@ -19,6 +19,7 @@ from uenvd.publish.options import (
     add_site_options,
     need_system,
     open_registry,
+    refuse,
     uarch_of,
 )
 from uenvd.publish.releases import describe, read_all
@@ -51,6 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _list(arguments: argparse.Namespace) -> int:
     wanted = parse_namespaced_label(arguments.label) if arguments.label else Label()
     wanted = wanted._replace(uarch=wanted.uarch or uarch_of(arguments))
+    if wanted.namespace not in {None, arguments.namespace}:
+        refuse(
+            arguments, ("namespace",), f"and the label, which is of {wanted.namespace!r}, say two namespaces"
+        )
     namespace = wanted.namespace or arguments.namespace
     system = wanted.system or need_system(arguments)
     wanted = wanted._replace(namespace=None, system=None)

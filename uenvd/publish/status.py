@@ -15,6 +15,7 @@ from typing import Final
 from uenvd.errors import UsageError
 from uenvd.oci.credentials import read_token_file
 from uenvd.publish.console import say, show, show_json
+from uenvd.publish.options import refuse
 from uenvd.publish.plan import DEFAULT_SITE, STAGES, Cell, Stage, load_plan
 from uenvd.publish.plan.forges import KINDS, STATES, Forge, ForgeKind, State, Status, post_status, request_of
 
@@ -52,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would be posted, as JSON")
 
 
+FORGE_OPTIONS: Final = ("forge", "api", "project", "sha", "status-token-file")
+
+
 def add_forge_options(parser: argparse.ArgumentParser) -> None:
     """Add where statuses go; inside GitHub's, Gitea's and GitLab's CI all of it but the token is known."""
     group = parser.add_argument_group("forge")
@@ -79,14 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
             cell, arguments.state, arguments.description, arguments.stage, arguments.url, site=arguments.site
         )
     else:
+        refuse(arguments, ("config", "site"), "is for --cell, and --context says all of the context")
         words = f"{arguments.stage}: {arguments.description}" if arguments.stage else arguments.description
         status = Status(arguments.context, arguments.state, words, arguments.url or job_url(os.environ))
-    forge = forge_of(arguments)
-    if forge is None:
-        raise UsageError(
-            "no forge was named, and this is no job of GitHub, Gitea or GitLab with a token",
-            hint="say --forge, --api, --project, --sha, and give the token as $UENVD_STATUS_TOKEN or --status-token-file",
-        )
+    forge = need_forge(arguments)
     if arguments.dry_run:
         url, _, body = request_of(forge, status)
         show_json({"url": url, "body": body})
@@ -124,6 +124,17 @@ def forge_of(arguments: argparse.Namespace) -> Forge | None:
         sha=arguments.sha,
         token=token,
     )
+
+
+def need_forge(arguments: argparse.Namespace) -> Forge:
+    """Return `forge_of`. Raises `UsageError` without one."""
+    forge = forge_of(arguments)
+    if forge is None:
+        raise UsageError(
+            "no forge was named, and this is no job of GitHub, Gitea or GitLab with a token",
+            hint="say --forge, --api, --project, --sha, and give the token as $UENVD_STATUS_TOKEN or --status-token-file",
+        )
+    return forge
 
 
 def forge_of_environment(

@@ -14,7 +14,7 @@ from uenvd.oci.manifest import INDEX_TYPE, media_type_of, parse_manifest
 from uenvd.oci.reference import is_fallback_tag, split_repository
 from uenvd.oci.remote import Remote
 from uenvd.publish.console import say, show, show_json, show_table
-from uenvd.publish.options import add_registry_options, add_site_options, open_registry, system_of
+from uenvd.publish.options import add_registry_options, add_system_option, open_registry, system_of
 
 _THREADS: Final = 8
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("--namespace", metavar="NS", help="default: all that the registry lists")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_site_options(parser)
+    add_system_option(parser)
     add_registry_options(parser)
 
 

@@ -21,6 +21,7 @@ from uenvd.publish.options import (
     need_system,
     open_registry,
     parse_site_label,
+    refuse,
 )
 from uenvd.publish.push import Target, target_of
 from uenvd.publish.reframe.environments import TestEnvironment, parse_environments
@@ -108,6 +109,15 @@ def add_test_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--keep", action="store_true", help="keep that directory also if all tests pass")
 
 
+def check_test_options(arguments: argparse.Namespace) -> None:
+    """Refuse options of tests that have no effect beside the others, and a waiver without a reason. Raises `UsageError`."""
+    check_waiver(arguments.waive_tests)
+    if arguments.slurm:
+        refuse(arguments, ("through",), "is for tests on this machine: jobs have the image by --uenv")
+    else:
+        refuse(arguments, ("slurm-option", "partition"), "is for jobs", hint="say --slurm, too")
+
+
 def duration(text: str) -> float:
     """Convert ``90``, ``90s``, ``10m``, ``1h`` to seconds, for argparse."""
     unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:])
@@ -181,6 +191,7 @@ def tell(tested: Tested) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Test; the digest of the attached report goes to stdout."""
+    check_test_options(arguments)
     workdir = make_workdir(arguments)
     passing = False
     try:

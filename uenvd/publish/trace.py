@@ -99,7 +99,7 @@ def record(path: Path, uenv: str, digest: str, program: list[str]) -> list[tuple
     if not traces:
         raise UsageError(
             "the image was in the cache already, so nothing was recorded",
-            hint=f"uenvctl image rm {uenv}, and try again",
+            hint=f"as root: uenvctl image evict {uenv}; then try again",
         )
     return [(int(first), int(end)) for first, end in traces[0]["ranges"]]
 

@@ -33,7 +33,7 @@ from uenvd.publish.plan.comment import (
 )
 from uenvd.publish.plan.forges import Forge, State, Status, post_status
 from uenvd.publish.plan.show import require_none, say_problems
-from uenvd.publish.status import add_forge_options, forge_of, job_url
+from uenvd.publish.status import add_forge_options, job_url, need_forge
 
 MAX_EVENT_BYTES: Final = 16 << 20
 MAX_LOG_BYTES: Final = 256 << 20
@@ -137,6 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Start what the comment asks for; the status is that of the run. A comment that is no command is none of our business: 0."""
     record = _record(arguments)
+    forge: Forge | None = None
     directory = arguments.repository.absolute()
     try:
         comment = parse_comment(record.comment, arguments.words)
@@ -144,6 +145,8 @@ def run(arguments: argparse.Namespace) -> int:
             say("no command")
             return 0
         starts = _decide(arguments, directory, comment, record)
+        if arguments.status and not arguments.dry_run:
+            forge = need_forge(arguments)
     except UenvError as error:
         record.reason = error.message
         _append(arguments.log, record)
@@ -154,7 +157,6 @@ def run(arguments: argparse.Namespace) -> int:
         show_json({**asdict(record), "commands": [_words(arguments, start) for start in starts]})
         return 0
     say(f"trigger {record.id}: {sum(len(start.plan.cells) for start in starts)} cells for {record.user}")
-    forge = forge_of(arguments) if arguments.status else None
     status = 1
     try:
         status = _run_all(arguments, starts, comment, forge)
@@ -176,6 +178,8 @@ def _record(arguments: argparse.Namespace) -> Record:
     if arguments.replay is not None:
         if arguments.log is None:
             raise UsageError("--replay needs --log FILE")
+        if arguments.user is not None:
+            raise UsageError("--replay says who wrote the comment; --user is for COMMENT")
         former = _find(arguments.log, arguments.replay)
         head = git.resolve(arguments.repository.absolute(), "HEAD")
         if former["head"] and former["head"] != head:
@@ -286,6 +290,7 @@ def _run_all(
                 prog="uenvd-publish run", allow_abbrev=False, exit_on_error=False
             )
             run_command.add_arguments(parser)
+            parser.set_defaults(default_of=parser.get_default)
             with _environment(comment.variables):
                 status = run_command.run(_parse(parser, _words(arguments, start)))
             state = "failure" if status else "success"

@@ -13,14 +13,14 @@ import platform
 import pwd
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from uenvd.errors import NotFound, StorageError, UsageError
+from uenvd.errors import AuditFailed, LabelError, NotFound, StorageError, UnknownLabel, UsageError
 from uenvd.label import Label
 from uenvd.oci.files import storage_errors, write_atomically
 from uenvd.oci.index import LATEST
@@ -37,16 +37,21 @@ from uenvd.own import (
     store_directory,
 )
 from uenvd.publish.build import Site, build, builder_of, identity
+from uenvd.publish.build.audit import summary
 from uenvd.publish.build.inputs import default_cache
 from uenvd.publish.built import publish_built
 from uenvd.publish.console import reporter, say, show, show_json
+from uenvd.publish.elsewhere import run_elsewhere
+from uenvd.publish.explain import against_image
 from uenvd.publish.options import (
     BUILD,
     DEPLOY,
+    REGISTRY_OPTIONS,
     need_system,
     need_uarch,
     open_registry,
     parse_site_label,
+    refuse,
     system_of,
     uarch_of,
 )
@@ -56,7 +61,8 @@ from uenvd.publish.push import Target, check_tag
 from uenvd.publish.recipe import Recipe, load_recipe
 from uenvd.publish.releases import refresh_repository
 from uenvd.publish.test import clean, tell
-from uenvd.publish.testing import Wishes, examine, require_pass
+from uenvd.publish.testing import Wishes, examine, pull_back, require_pass
+from uenvd.publish.twice import require_same
 
 USER_NAMESPACE_VARIABLE: Final = "UENVD_USER_NAMESPACE"
 """A site's namespace for each user in its registry, with ``%u`` for the user's name: ``user-%u``. Unset: images stay in the user's account."""
@@ -101,9 +107,36 @@ def user_namespace(pattern: str, user: str) -> str:
     return pattern.replace("%u", user)
 
 
-def place_of(arguments: argparse.Namespace, recipe: Recipe, environ: Mapping[str, str]) -> Place:
-    """Return where the image that the options name goes; the directories are made. Raises `UsageError`, `LabelError`, `StorageError`."""
-    label = parse_site_label(arguments, arguments.label)
+def asked(arguments: argparse.Namespace, *, make: bool = True) -> tuple[Recipe, Place]:
+    """Return the recipe that the options name, and where its image goes; ``make`` says whether the directories are made.
+
+    Raises `UsageError`, `LabelError`, `RecipeError`, `StorageError`.
+    """
+    environ = os.environ
+    label = _with_namespace(parse_site_label(arguments, arguments.label), environ)
+    if label.namespace == NAMESPACE and arguments.against is None:
+        refuse(
+            arguments,
+            REGISTRY_OPTIONS,
+            f"is for a registry, and {label._replace(system=None, uarch=None)} stays in your account",
+            hint=f"a namespace of the registry in LABEL: user::{label.name}/...; or later: uenvd-publish copy",
+        )
+    recipe = load_recipe(arguments.recipe, version=label.version)
+    return recipe, place_of(arguments, label, recipe, environ, make=make)
+
+
+def _with_namespace(label: Label, environ: Mapping[str, str]) -> Label:
+    """Return a label with the namespace that it is given if it says none: the user's in the registry, where the site has such, else his own."""
+    if label.namespace is not None:
+        return label
+    pattern = environ.get(USER_NAMESPACE_VARIABLE, "")
+    return label._replace(namespace=user_namespace(pattern, user_name()) if pattern else NAMESPACE)
+
+
+def place_of(
+    arguments: argparse.Namespace, label: Label, recipe: Recipe, environ: Mapping[str, str], *, make: bool
+) -> Place:
+    """Return where the image of a label with a namespace goes. Raises `UsageError`, `LabelError`, `StorageError`."""
     if label.digest is not None or label.system == "*":
         raise UsageError(
             f"{arguments.label!r} is no label to build under", hint="name/version, or name/version:tag"
@@ -121,12 +154,9 @@ def place_of(arguments: argparse.Namespace, recipe: Recipe, environ: Mapping[str
             f"{label.namespace!r} is for everybody: what is there goes through the site's pipeline",
             hint=f"leave it out; the image is yours then, and is called {NAMESPACE}::{label.name}/{label.version}",
         )
-    pattern = environ.get(USER_NAMESPACE_VARIABLE, "")
-    if label.namespace is None and pattern:
-        label = label._replace(namespace=user_namespace(pattern, user_name()))
-    if label.namespace not in {None, NAMESPACE}:
+    if label.namespace != NAMESPACE:
         return _in_registry(arguments, label)
-    return _in_account(arguments, label, environ)
+    return _in_account(arguments, label, environ, make=make)
 
 
 def _in_registry(arguments: argparse.Namespace, label: Label) -> Place:
@@ -136,13 +166,15 @@ def _in_registry(arguments: argparse.Namespace, label: Label) -> Place:
     return Place(open_registry(arguments), _repository(label), label, None)
 
 
-def _in_account(arguments: argparse.Namespace, label: Label, environ: Mapping[str, str]) -> Place:
+def _in_account(
+    arguments: argparse.Namespace, label: Label, environ: Mapping[str, str], *, make: bool
+) -> Place:
     label = label._replace(
         namespace=NAMESPACE,
         system=label.system or system_of(arguments) or ANY_SYSTEM,
         uarch=label.uarch or uarch_of(arguments) or platform.machine(),
     )
-    store = own_store(environ)
+    store = own_store(environ) if make else _store(environ)
     remote = open_remote(parse_registry(f"oci-layout:{store / LAYOUT}"))
     return Place(remote, _repository(label), label, Path(images_directory(environ)))
 
@@ -155,10 +187,7 @@ def _repository(label: Label) -> str:
 
 def own_store(environ: Mapping[str, str]) -> Path:
     """Return the user's own store, which is made readable by nobody else. Raises `UsageError`, `StorageError`."""
-    name = store_directory(environ)
-    if not name:
-        raise UsageError("neither $XDG_DATA_HOME nor $HOME says where your own images are to be")
-    store = Path(name)
+    store = _store(environ)
     with storage_errors(store, "make"):
         made = not store.exists()
         store.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -172,19 +201,58 @@ def own_store(environ: Mapping[str, str]) -> Path:
     return store
 
 
+def _store(environ: Mapping[str, str]) -> Path:
+    name = store_directory(environ)
+    if not name:
+        raise UsageError("neither $XDG_DATA_HOME nor $HOME says where your own images are to be")
+    return Path(name)
+
+
+def reasons(recipe: Recipe, place: Place, site: Site) -> list[str]:
+    """Return why a build would make an image, a line for each reason; none if the one that is there would be taken. Raises the remote's errors."""
+    with closing(place.remote) as remote:
+        if find_digest(remote, place.repository, content_tag(recipe, place.label)) is not None:
+            return []
+        digest = find_digest(remote, place.repository, place.label.tag or LATEST)
+        if digest is None:
+            return [f"there is no image {place.name} yet"]
+        found = against_image(recipe, remote, place.repository, digest, site=site)
+    return found or [f"nothing says that {place.name} was built from this recipe"]
+
+
+@contextmanager
+def own_image(
+    arguments: argparse.Namespace, text: str, environ: Mapping[str, str]
+) -> Iterator[tuple[Remote, str, str]]:
+    """Open the store in which an image of the user's own is; yield it, the repository and the digest. Raises `LabelError`, `UnknownLabel`."""
+    label = parse_site_label(arguments, text)
+    if label.name is None or label.version is None:
+        raise LabelError(f"'{text}' names no image", hint=f"{NAMESPACE}::NAME/VERSION, or with :TAG")
+    place = _in_account(arguments, label, environ, make=False)
+    with closing(place.remote) as remote:
+        digest = label.digest or find_digest(remote, place.repository, label.tag or LATEST)
+        if digest is None:
+            raise UnknownLabel(
+                f"there is no image {place.name} of your own",
+                hint=f"list them: uenvctl image ls {NAMESPACE}::",
+            )
+        yield remote, place.repository, digest
+
+
 def run(arguments: argparse.Namespace, site: Site) -> int:
     """Build, publish in private, test, and name the image; its label and digest go to stdout."""
-    version = parse_site_label(arguments, arguments.label).version
-    recipe = load_recipe(arguments.recipe, version=version)
+    recipe, place = asked(arguments)
     environ = os.environ
-    place = place_of(arguments, recipe, environ)
     with closing(place.remote):
         tag = content_tag(recipe, place.label)
-        digest = None if arguments.again else find_digest(place.remote, place.repository, tag)
+        anew = arguments.again or arguments.check
+        digest = None if anew else find_digest(place.remote, place.repository, tag)
         if digest is not None:
             say(f"{recipe.label} was built from the same recipe already (--again builds it anew)")
         else:
             digest = _build(arguments, site, recipe, place, tag, environ)
+        if arguments.elsewhere:
+            _use_elsewhere(place, digest, recipe, environ)
         remark = passed_before(place.remote, place.repository, digest)
         if arguments.no_tests:
             remark = None
@@ -225,30 +293,50 @@ def _build(
 ) -> str:
     """Build and publish under the content tag; return the digest. After a failure the log stays."""
     out = own_store(environ) / BUILDS / f"{recipe.name}-{recipe.version}"
+    cache = arguments.cache or default_cache()
+    anew = arguments.again or arguments.check
     say(f"building {recipe.label} ({recipe.format})")
-    built = build(
-        recipe,
-        out,
-        cache=arguments.cache or default_cache(),
-        say=lambda text: say(f"  {text}"),
-        again=arguments.again,
-        site=site,
-    )
+    built = build(recipe, out, cache=cache, say=_tell, again=arguments.again, site=site)
+    if built.findings:
+        say(f"the audit found {built.findings} dependencies on its host, which are noted with the image")
+    if arguments.check:
+        require_same(recipe, built, cache=cache, tell=_tell, site=site)
     done = publish_built(
         place.remote,
         place.repository,
         built,
-        [] if arguments.again else [tag],
+        [] if anew else [tag],
         hashing=reporter("hashing"),
         pushing=reporter("storing"),
     )
-    if arguments.again:
+    if anew:
         # Built anew from the same inputs it can be another image: then this is the one from now on.
         _retag(place, done.digest, tag)
     for note in done.notes:
         say(f"note: {note}")
     shutil.rmtree(out, ignore_errors=True)
     return done.digest
+
+
+def _tell(text: str) -> None:
+    say(f"  {text}")
+
+
+def _use_elsewhere(place: Place, digest: str, recipe: Recipe, environ: Mapping[str, str]) -> None:
+    """Use the image as another user, where nothing of this machine is. Raises `AuditFailed` and what `run_elsewhere` raises."""
+    with ExitStack() as stack:
+        if place.images is not None:
+            image = _blob(place, digest)
+        else:
+            base = own_store(environ) / BUILDS
+            base.mkdir(exist_ok=True)
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="run-", dir=base))
+            manifest = place.remote.manifest(place.repository, digest)
+            image = pull_back(place.remote, place.repository, manifest, Path(directory), reporter("reading"))
+        findings = run_elsewhere(image, recipe.mount)
+    if findings:
+        raise AuditFailed(f"the image does not work elsewhere:\n{summary(findings)}")
+    say("its smoke tests pass elsewhere, too")
 
 
 def _test(place: Place, digest: str, environ: Mapping[str, str]) -> str:
@@ -277,8 +365,7 @@ def _name(place: Place, digest: str, remark: str | None) -> None:
     if place.images is None:
         refresh_repository(place.remote, place.repository, say, fresh=[digest])
         return
-    layer = squashfs_layer(place.remote.manifest(place.repository, digest)).digest
-    blob = Path(place.remote.address.path) / "blobs/sha256" / layer.removeprefix("sha256:")
+    blob = _blob(place, digest)
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     facts = Facts(
         digest,
@@ -304,6 +391,12 @@ def _name(place: Place, digest: str, remark: str | None) -> None:
             write_atomically(
                 file.with_name(file.name.removesuffix(SUFFIX) + FACTS_SUFFIX), text.encode(), durable=False
             )
+
+
+def _blob(place: Place, digest: str) -> Path:
+    """Return the squashfs file of an image in the account's layout."""
+    layer = squashfs_layer(place.remote.manifest(place.repository, digest)).digest
+    return Path(place.remote.address.path) / "blobs/sha256" / layer.removeprefix("sha256:")
 
 
 def _retag(place: Place, digest: str, tag: str) -> None:

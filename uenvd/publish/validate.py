@@ -9,6 +9,7 @@ from typing import Any
 
 from uenvd.errors import UenvError, UsageError
 from uenvd.publish.console import say, show_json, show_table
+from uenvd.publish.options import refuse
 from uenvd.publish.plan import Plan, Problem, load_plan
 from uenvd.publish.plan.checks import check_recipe
 from uenvd.publish.plan.show import problem_as_json, require_none, say_problems
@@ -63,7 +64,24 @@ def run(arguments: argparse.Namespace) -> int:
         if not Path("config.yaml").is_file():
             raise UsageError("nothing to check was named", hint="say RECIPE... or --config FILE")
         arguments.config = Path("config.yaml")
+    else:
+        if arguments.config is None:
+            refuse(arguments, ("recipes-dir", "cluster-config"), "is for --config")
+    if arguments.no_stack_config:
+        refuse(
+            arguments,
+            ("stack-config", "cluster-config"),
+            "is for Stackinator, and --no-stack-config does not ask it",
+            hint="leave out one of the two",
+        )
     tool = _tool(arguments)
+    if tool is None:
+        refuse(
+            arguments,
+            ("cluster-config",),
+            "is for Stackinator, which is not here",
+            hint="name its program: --stack-config PROGRAM",
+        )
     problems: list[Problem] = []
     plan: Plan | None = None
     if arguments.config is not None:

@@ -257,7 +257,7 @@ async def test_a_mute_registry_costs_one_deadline_not_one_for_each_question(
 async def test_an_answer_after_a_failure_is_used_again(
     registry: FakeRegistry, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("uenvd.daemon.catalogue._QUIET_S", 0.0)
+    monkeypatch.setattr("uenvd.daemon.asking._QUIET_S", 0.0)
     registry.add(APP, "latest", "one")
     catalogue = make(registry, store, resolve_ttl_s=0.0)
     await resolve(catalogue, "app/1.0")

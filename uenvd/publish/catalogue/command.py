@@ -11,7 +11,7 @@ from uenvd.publish.catalogue.model import environments_of
 from uenvd.publish.catalogue.read import read_releases, systems_of
 from uenvd.publish.catalogue.site import write_site
 from uenvd.publish.console import say, show
-from uenvd.publish.options import DEPLOY, add_registry_options, add_site_options, open_registry, system_of
+from uenvd.publish.options import DEPLOY, add_registry_options, add_system_option, open_registry, system_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--title", default="Software environments", metavar="TEXT", help="heading of the pages"
     )
-    add_site_options(parser)
+    add_system_option(parser)
     add_registry_options(parser)
 
 

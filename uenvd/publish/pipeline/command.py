@@ -49,10 +49,11 @@ from uenvd.publish.pipeline.view import (
 )
 from uenvd.publish.pipeline.waiting import Waker, terminable
 from uenvd.publish.plan import STAGES, Cell, Plan, Stage
+from uenvd.publish.plan.forges import Forge
 from uenvd.publish.plan.show import require_none, say_problems
 from uenvd.publish.push import check_tag
 from uenvd.publish.release import Order, check_waiver, order_of, policy_path, require_who
-from uenvd.publish.status import forge_of
+from uenvd.publish.status import FORGE_OPTIONS, forge_of, need_forge
 from uenvd.publish.test import clean, tell, wishes_of
 
 DEFAULT_WORK: Final = Path(".uenv-run")
@@ -203,7 +204,9 @@ def run_plan(plan: Plan, arguments: argparse.Namespace) -> int:
         say("nothing to do")
         return 0
     order = run_order(arguments)
-    arguments.policy = policy_path(arguments)
+    if order is not None:
+        arguments.policy = policy_path(arguments)
+    forge = _forge(arguments)
     directory = (arguments.work or DEFAULT_WORK).absolute()
     waker = Waker()
     with (
@@ -224,7 +227,13 @@ def run_plan(plan: Plan, arguments: argparse.Namespace) -> int:
             for stage in stages_of(arguments, cell)
         ]
         executor = stack.enter_context(closing(_executor(plan, arguments, files, waker)))
-        return _drive(plan, arguments, work, tasks, executor, waker, done, files)
+        return _drive(plan, arguments, work, tasks, executor, waker, done, files, forge)
+
+
+def _forge(arguments: argparse.Namespace) -> Forge | None:
+    """Return where statuses go; who names a forge wants them posted. Raises `UsageError`, `ConfigError`."""
+    named = any(getattr(arguments, name.replace("-", "_")) is not None for name in FORGE_OPTIONS)
+    return need_forge(arguments) if named else forge_of(arguments)
 
 
 def _drive(
@@ -236,6 +245,7 @@ def _drive(
     waker: Waker,
     done: dict[tuple[str, Stage], StageResult],
     files: JobFiles,
+    forge: Forge | None,
 ) -> int:
     def look_again(cell: Cell, stage: Stage) -> StageResult | None:
         return survey(work, [cell], STAGES).get((cell.id, stage))
@@ -269,7 +279,6 @@ def _drive(
     elif not arguments.json:
         view = Lines()
     events = JsonEvents() if arguments.json else None
-    forge = forge_of(arguments)
     poster = Poster(forge, runner.all, arguments.site) if forge is not None else None
     for listener in (view, events, poster):
         if listener is not None:
@@ -288,10 +297,12 @@ def _drive(
             )
     status = exit_status(runner.all, PlanFailed.exit_status, waker.asked)
     _tell_failures(runner.all)
+    if arguments.dotenv is not None:
+        _note_one(arguments.dotenv, runner.all)
     if events is not None:
         events.finish(runner.all, status)
     elif len(plan.cells) == 1 and arguments.cell is not None:
-        _tell_one(arguments, runner.all)
+        _tell_one(runner.all)
     else:
         width = max(len(stages_of(arguments, cell)) for cell in plan.cells)
         rows = [row[:-1] + ["-"] * (width + 2 - len(row)) + row[-1:] for row in summary_rows(runner.all)]
@@ -300,13 +311,16 @@ def _drive(
     return status
 
 
-def _tell_one(arguments: argparse.Namespace, everything: Sequence[Progress]) -> None:
+def _tell_one(everything: Sequence[Progress]) -> None:
     result = everything[-1].result
-    if result is None or result.digest is None:
-        return
-    show(result.digest)
-    if arguments.dotenv is not None:
-        write_dotenv(arguments.dotenv, result, f"{BUILD}::{everything[-1].task.cell.label}@{result.digest}")
+    if result is not None and result.digest is not None:
+        show(result.digest)
+
+
+def _note_one(path: Path, everything: Sequence[Progress]) -> None:
+    result = everything[-1].result
+    if result is not None and result.digest is not None:
+        write_dotenv(path, result, f"{BUILD}::{everything[-1].task.cell.label}@{result.digest}")
 
 
 def _tell_failures(everything: Sequence[Progress]) -> None:
