@@ -5,7 +5,8 @@
 A `docker-registry` on the loopback interface holds one blob of random bytes. Every round pulls it with each client in turn, over each link, so
 that slow moments of the machine hit all of them; ratios are those of one round, and the figures are medians. All clients verify the digest.
 What they write lies in ``--directory``, by default in memory: a disk would be measured instead of the clients. The clock of uenvd's row runs
-inside a process that has its modules loaded, as the daemon has; those of the others are whole commands. A new row is one entry of `ROWS`.
+inside a process that has its modules loaded and the interpreter's settings, as the daemon has; those of the others are whole commands. A new row
+is one entry of `ROWS`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ import json, resource, sys, time
 from pathlib import Path
 from uenvd.cache.pull import pull_blob
 from uenvd.cache.store import Store
+from uenvd.daemon.app import settle
 from uenvd.oci.manifest import Descriptor
 from uenvd.oci.reference import parse_registry
 from uenvd.oci.remote import never, no_progress, open_remote
@@ -52,6 +54,7 @@ url, root, repository, digest, size = sys.argv[1:]
 store = Store(Path(root))
 store.prepare()
 remote = open_remote(parse_registry(url))
+settle()
 began = time.perf_counter()
 pull_blob(remote, repository, Descriptor("x", digest, int(size)), store, progress=no_progress, cancelled=never)
 print(json.dumps(time.perf_counter() - began))

@@ -44,6 +44,7 @@ ROWS = (
     Row("warm listdir", "us", 1.3, 0.5),
     Row("warm missing name", "us"),
     Row("cold walk with stat", "us/entry", 1.25, 0.35),
+    Row("cold walk with stat, a bound task", "us/entry", 1.25, 0.35),
     Row("cold small files, 1 reader", "us/file", 1.25, 0.5),
     Row("cold small files, 8 readers", "us/file", 0.5, 0.7),
     Row("cold large files", "s/GB", 0.65, 0.75),
@@ -125,6 +126,17 @@ def walk(bench: Bench, mount: Mounted) -> Figures:
     """Find everything."""
     took_ns, count, _ = bench.run("walk", mount.root)
     return {"cold walk with stat": took_ns / count / 1e3}
+
+
+def walk_bound(bench: Bench, mount: Mounted) -> Figures:
+    """Find everything, on one processor."""
+    may = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(may)})
+    try:
+        took_ns, count, _ = bench.run("walk", mount.root)
+    finally:
+        os.sched_setaffinity(0, may)
+    return {"cold walk with stat, a bound task": took_ns / count / 1e3}
 
 
 def _read(bench: Bench, mount: Mounted, paths: list[str], readers: int) -> tuple[float, float, float]:
@@ -263,6 +275,7 @@ Group = Callable[[Bench, Mounted], Figures]
 GROUPS: dict[str, tuple[Group, tuple[str, ...]]] = {
     "warm": (warm, tuple(row.name for row in ROWS[:6])),
     "walk": (walk, ("cold walk with stat",)),
+    "walkbound": (walk_bound, ("cold walk with stat, a bound task",)),
     "small": (small_1, ("cold small files, 1 reader",)),
     "small8": (small_8, ("cold small files, 8 readers",)),
     "large": (large, ("cold large files",)),

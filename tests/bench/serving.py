@@ -3,7 +3,7 @@
     serving.py [--rounds N] [--rows WORD,...] [--servers NAME,...] [--image FILE] [--no-fragments] [--uid N]
                [--out DIRECTORY] [--add]
 
-``--rows``: groups (warm walk small small8 large import import8 compile full) or parts of row names. Needs root.
+``--rows``: groups (warm walk walkbound small small8 large import import8 compile full) or parts of row names. Needs root.
 `docs/performance.md` says what the rows mean. Writes ``serving.json``, ``serving.md`` and ``serving.svg``; a run of some rows or servers
 only prints, unless ``--out`` is given. ``--add`` keeps what the directory holds of the rows that are not measured now, so that all rows
 can be measured in several runs.

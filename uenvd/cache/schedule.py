@@ -96,7 +96,7 @@ class Schedule:
         if gap is None:
             return None
         left = self.size_bytes - self.held.total_bytes - sum(task.end - task.at for task in self._tasks)
-        piece = min(self._piece_bytes, max(MIN_PIECE_BYTES, left // (2 * self._connections)))
+        piece = min(self._piece_bytes, max(MIN_PIECE_BYTES, left // self._connections))
         if alone:
             piece = ALONE_PIECES * self._piece_bytes
         return self._begin(gap[0], min(gap[1], gap[0] + piece), urgent=False)

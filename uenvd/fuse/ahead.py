@@ -13,7 +13,7 @@ from uenvd.fuse.tree import Tree
 from uenvd.squashfs import Block, InodeRef, Span
 
 _SMALL_BLOCKS = 4
-"""A read of more blocks is one of a large file: nothing follows it soon."""
+"""A read of more blocks is one of a large file, and so is one that ends with a block: nothing follows it soon."""
 _FILES = 8
 _MAX_QUEUED = 16
 _NEAR_BYTES = 2 * 8194
@@ -34,7 +34,9 @@ class Ahead:
         """Take notice of a read of the inode at ``ref`` that was answered. Raises `FormatError`, `OSError`, `Missing`."""
         if not spans or len(spans) > _SMALL_BLOCKS:
             return
-        block = spans[-1].block
+        block, _start, stop = spans[-1]
+        if stop == self._tree.block_size_bytes and block.exact:
+            return  # the file goes on
         near = 0 <= (ref >> 16) - (self._last_ref >> 16) <= _NEAR_BYTES and ref > self._last_ref
         self._last_ref = ref
         if not near:

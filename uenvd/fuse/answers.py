@@ -44,7 +44,8 @@ class Answers:
         self._faults = faults
         self.last_read: tuple[int, list[Span]] | None = None
         """Inode number and spans of the last READ, for whoever wants to read ahead; he puts None here. No spans: there are listings to pack."""
-        self._asker = self._in_a_row = 0
+        self.asker = self._in_a_row = 0
+        """The thread that has asked last, as the kernel numbers it."""
         self._handlers: dict[int, Callable[[q.Buffer, int, int], Parts]] = {
             Opcode.LOOKUP: self._lookup,
             Opcode.GETATTR: self._getattr,
@@ -74,10 +75,10 @@ class Answers:
         if length < q.HEADER_BYTES:
             return None
         opcode, unique, node, pid = _ASKED.unpack_from(request)
-        if pid == self._asker and pid:  # 0 is everybody in some other container
+        if pid == self.asker and pid:  # 0 is everybody in some other container
             self._in_a_row += 1
         else:
-            self._asker, self._in_a_row = pid, 0
+            self.asker, self._in_a_row = pid, 0
         handler = self._handlers.get(opcode)
         if handler is None:
             return None if opcode in q.UNANSWERED else [r.refusal(unique, errno.ENOSYS)]

@@ -23,6 +23,7 @@ from uenvd.fuse.ahead import Ahead
 from uenvd.fuse.answers import Answers, Parts
 from uenvd.fuse.faults import Faults
 from uenvd.fuse.packed import Packed
+from uenvd.fuse.placement import Placement
 from uenvd.fuse.protocol import Missing, Negotiated
 from uenvd.fuse.protocol import reply as r
 from uenvd.fuse.slots import Slot
@@ -93,6 +94,7 @@ class Channel:
         self._give_up = give_up
         self._complete = complete
         self._settled = settled
+        self._placement = Placement(wanted=source_wake_fd is None)
         if source_wake_fd is not None:
             os.set_blocking(fuse_fd, False)
 
@@ -103,6 +105,8 @@ class Channel:
                 self._work(slot)
             else:
                 self._free.append(slot)
+        answers = self._answers
+        answered_ns = 0
         while True:
             if not self._free or self._parked:
                 self._wait()
@@ -110,6 +114,7 @@ class Channel:
                     continue
             if not self._turn.mine:
                 self._turn.take()
+                answered_ns = 0
             slot = self._free[-1]
             try:
                 length = os.readv(self._fd, slot.vector)
@@ -122,22 +127,30 @@ class Channel:
                     self._wait()
                 continue
             if length:
-                self._answer_first(slot, length)
-                if self._answers.last_read is not None:
+                begun_ns = self._answer_first(slot, length)
+                answered_ns, before_ns = time.monotonic_ns(), answered_ns
+                placement = self._placement
+                if placement.possible:
+                    if not answers.one_asks:
+                        placement.leave()
+                    elif before_ns:
+                        placement.note(answers.asker, begun_ns - before_ns)
+                if answers.last_read is not None:
                     self._look_ahead()
 
-    def _answer_first(self, slot: Slot, length: int) -> None:
-        """Answer a request that was read just now into the last free slot: `_work` for what happens all the time."""
-        slot.begin_first()
+    def _answer_first(self, slot: Slot, length: int) -> int:
+        """Answer a request that was read just now into the last free slot: `_work` for what happens all the time. Return when that was begun."""
+        begun_ns = slot.begin_first()
         try:
             parts = self._answers.answer(slot.buffer, length)
         except Missing as missing:
             self._free.pop()
             self._hold(slot, missing)
-            return
+            return begun_ns
         if parts is not None:
             self._reply(slot, parts)
         slot.clear_first()
+        return begun_ns
 
     def _work(self, slot: Slot) -> None:
         """Answer the request of a slot that is not free; it is afterwards, or parked."""
@@ -184,6 +197,8 @@ class Channel:
         """Use the time until the next request comes."""
         read, self._answers.last_read = self._answers.last_read, None
         if read is None or not self._free:
+            return
+        if self._placement.beside:  # the asker would have to wait for the processor
             return
         try:
             node, spans = read
@@ -239,6 +254,7 @@ class Channel:
         self._answers.last_read = None
         shared = self._tree.shared
         self._turn = Turn(None if shared is None else shared.fd, self._fd)
+        self._placement = Placement()
         if self._settled is not None:
             self._settled()
 

@@ -62,7 +62,7 @@ _ALLOWED = {
     splice vmsplice tee dup dup2 dup3 newfstatat stat lstat""",
     Policy.SUPERVISOR: _RUNTIME
     + """
-    wait4 waitid pidfd_open pidfd_send_signal getpriority setpriority sched_setaffinity
+    wait4 waitid pidfd_open pidfd_send_signal getpriority setpriority
     accept4 socketpair pipe2 sendmsg recvmsg getsockopt setsockopt getsockname getpeername shutdown
     newfstatat stat lstat getdents64 seccomp""",
 }
@@ -137,6 +137,8 @@ def _add_conditional(made: pyseccomp.SyscallFilter, policy: Policy) -> None:
         made.add_rule(pyseccomp.ALLOW, "ioctl", pyseccomp.Arg(1, pyseccomp.EQ, request))
     for option in _PRCTL_RUNTIME + (_PRCTL_SUPERVISOR if policy is Policy.SUPERVISOR else ()):
         made.add_rule(pyseccomp.ALLOW, "prctl", pyseccomp.Arg(0, pyseccomp.EQ, option))
+    if policy is not Policy.SESSION:
+        made.add_rule(pyseccomp.ALLOW, "sched_setaffinity", pyseccomp.Arg(0, pyseccomp.EQ, 0))  # its own
     if policy is Policy.WORKER:
         allow_masked("newfstatat", 3, _AT_EMPTY_PATH, _AT_EMPTY_PATH)  # fstat(3) of newer libcs
     if policy is Policy.SUPERVISOR:

@@ -91,10 +91,11 @@ class Slot:
         _BEGUN.pack_into(self._state, 0, now_ns, attempts, 0, now_ns)
         return attempts
 
-    def begin_first(self) -> None:
-        """`begin` of a request that was read just now: its first attempt."""
+    def begin_first(self) -> int:
+        """`begin` of a request that was read just now: its first attempt. Return the time (`time.monotonic_ns`)."""
         now_ns = time.monotonic_ns()
         _BEGUN.pack_into(self._state, 0, now_ns, 1, 0, now_ns)
+        return now_ns
 
     @property
     def begun_ns(self) -> int:

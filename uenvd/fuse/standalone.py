@@ -12,16 +12,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyfuse3
-import trio
-
 from uenvd import __version__, mounts
 from uenvd.errors import InternalError, MountPointError, ResourceMissing, UenvError, UsageError, WorkerFailed
-from uenvd.fuse import crew, worker
+from uenvd.fuse import crew
 from uenvd.fuse.confine import capability_sets
-from uenvd.fuse.faults import Faults
 from uenvd.fuse.opening import open_image, open_tree
-from uenvd.fuse.pyfuse3_ops import Operations, serve
 from uenvd.fuse.shared import SharedBlocks
 from uenvd.mounts import FUSE_SUBTYPE
 
@@ -203,6 +198,13 @@ def _serve_channel(command: Command, image: int) -> int:
 
 
 def _serve_pyfuse3(command: Command, image: int) -> int:
+    # With trio: a tenth of a second and some MiB, which the channel does without.
+    import pyfuse3
+
+    from uenvd.fuse.faults import Faults
+    from uenvd.fuse.libfuse import serve_session, session
+    from uenvd.fuse.pyfuse3_ops import Operations
+
     tree = open_tree(
         image,
         command.image,
@@ -217,7 +219,7 @@ def _serve_pyfuse3(command: Command, image: int) -> int:
         os.close(ready_write)
 
     operations = Operations(tree, Faults(command.image), None if command.foreground else serving)
-    worker.session(operations, command.mountpoint, _libfuse_options(command))
+    session(operations, command.mountpoint, _libfuse_options(command))
     if command.foreground:
         os.close(ready_read)
         os.close(ready_write)
@@ -229,16 +231,12 @@ def _serve_pyfuse3(command: Command, image: int) -> int:
         os.close(ready_read)
         _detach()
     try:
-        trio.run(_serve)
+        serve_session(terminate_on_signal=True)
     except Exception as error:
         raise InternalError(f"serving {command.image} ended: {error}") from error
     finally:
         pyfuse3.close(unmount=True)
     return 0
-
-
-async def _serve() -> None:
-    await serve(terminate_on_signal=True)
 
 
 def _detach() -> None:

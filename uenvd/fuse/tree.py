@@ -98,6 +98,8 @@ class Tree:
         self.shared = shared
         self._recent: tuple[Block | None, bytes] = (None, b"")
         """The shared block that was decoded here last: the next files often lie in it, too."""
+        self._stored = bytearray()
+        """Room for the stored bytes of a block, kept: new memory is zeroed first."""
         self._whole_file = source is None
         self.image = Image(self._read_soon, self.source.size_bytes())
         self.block_size_bytes = self.image.superblock.block_size_bytes
@@ -311,7 +313,10 @@ class Tree:
 
     def _read_now(self, pos_bytes: int, size_bytes: int) -> bytes | None:
         """Read from the page cache; None when the bytes are not all there, or the file system cannot tell."""
-        buffer = bytearray(size_bytes)
+        single = self.shared is not None
+        if single and size_bytes > len(self._stored):
+            self._stored = bytearray(size_bytes)
+        buffer = memoryview(self._stored)[:size_bytes] if single else memoryview(bytearray(size_bytes))
         try:
             got = os.preadv(self._fd, [buffer], self._offset_bytes + pos_bytes, os.RWF_NOWAIT)
         except OSError:

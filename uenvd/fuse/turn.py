@@ -42,7 +42,7 @@ class Turn:
     def take(self) -> None:
         """Wait for the turn. Afterwards one may read requests: because it is ours, or because its owner does not. Raises `OSError`."""
         while not self.mine:
-            self.mine = self._locked()
+            self.mine = self._locked_at_once() or self._locked()
             if not self.mine and self._requests.poll(0):
                 return
 

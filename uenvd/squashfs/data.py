@@ -101,7 +101,7 @@ def short_list(
 class BlockLists:
     """The block lists of files. Concurrency: as `MetadataStore`; two threads at one long file may compute a checkpoint twice."""
 
-    __slots__ = ("_block_size_bytes", "_checkpoints", "_data_end", "_inodes", "_store")
+    __slots__ = ("_block_size_bytes", "_checkpoints", "_data_end", "_inodes", "_last", "_store")
 
     def __init__(self, store: MetadataStore, inodes: Region, block_size_bytes: int, data_end: int) -> None:
         self._store = store
@@ -109,6 +109,8 @@ class BlockLists:
         self._block_size_bytes = block_size_bytes
         self._data_end = data_end
         self._checkpoints: GenerationCache[tuple[int, int], array[int]] = GenerationCache(_CACHED_FILES)
+        self._last = (-1, -1, 0, 0, 0, 0)
+        """Where the last call began: a file (place of its list), index of the block, its position, place of its size."""
 
     def blocks(self, inode: Inode, first: int, count: int) -> list[Block]:
         """Return the blocks ``first .. first + count - 1`` of the file's list (``count`` >= 1, all of them in the list).
@@ -123,6 +125,7 @@ class BlockLists:
             raise damaged(f"file {inode.ref:#x} of {inode.size_bytes} bytes: its block list cannot fit")
         index, pos, cursor = self._nearest(inode, first)
         pos = self._sum(cursor, first - index, pos)
+        self._last = (inode.content_block, inode.content_offset, first, pos, *cursor.tell())
         size = self._block_size_bytes
         found: list[Block] = []
         for i, word in enumerate(struct.unpack(f"<{count}I", cursor.take(4 * count)), first):
@@ -143,6 +146,9 @@ class BlockLists:
     def _nearest(self, inode: Inode, first: int) -> tuple[int, int, Cursor]:
         """Return (index of a block at or before ``first``, its position, a cursor at its size): less than `_STRIDE` blocks before."""
         pos, block, offset = inode.data_pos, inode.content_block, inode.content_offset
+        known_block, known_offset, index, known_pos, *place = self._last
+        if known_block == block and known_offset == offset and 0 <= first - index < _STRIDE:
+            return index, known_pos, Cursor(self._store, self._inodes, *place)
         wanted = min(first // _STRIDE, _MAX_CHECKPOINTS)
         if wanted == 0:
             return 0, pos, Cursor(self._store, self._inodes, block, offset)

@@ -54,3 +54,25 @@ def test_files_in_no_order_are_not_decoded_for_nothing(tree: Tree) -> None:
         assert not ahead.wanted or number == 30, "the first read of all may be the beginning of an order"
         while ahead.wanted:
             ahead.work()
+
+
+def test_nothing_follows_a_file_that_goes_on(tmp_path: Path) -> None:
+    directory = tmp_path / "tree"
+    directory.mkdir()
+    for number in range(4):
+        (directory / f"{number}").write_bytes(content(20_000, number))
+    fd = os.open(make_image(directory, tmp_path / "i", block_size=4096, extra=["-no-fragments"]), os.O_RDONLY)
+    shared = SharedBlocks.create(1 << 20)
+    tree = Tree(fd, shared=shared)
+    ahead = Ahead(tree)
+    for number in range(3):
+        found = tree.lookup(ROOT_INO, b"%d" % number)
+        assert found is not None
+        ref = tree.ref_of(found.ino)
+        for offset in range(0, 16384, 4096):
+            ahead.note(ref, tree.plan(found.ino, offset, 4096))
+            assert not ahead.wanted
+    ahead.note(ref, tree.plan(found.ino, 16384, 4096))
+    assert ahead.wanted, "here it ends"
+    os.close(fd)
+    os.close(shared.fd)

@@ -48,6 +48,8 @@ name = file.encode()
 results = {
     'exec': attempt(os.execv, '/bin/true', ['true']), 'spawn': attempt(os.posix_spawn, '/bin/true', ['true'], {}),
     'fork': attempt(fork), 'vfork': call('vfork'), 'a namespace by clone': call('clone', 0x10000000 | 17, 0, 0, 0, 0),
+    'own processors': attempt(os.sched_setaffinity, 0, os.sched_getaffinity(0)),
+    'processors of others': attempt(os.sched_setaffinity, os.getppid(), os.sched_getaffinity(0)),
     'kill': attempt(os.kill, os.getpid(), 0), 'killpg': attempt(os.killpg, os.getpgid(0), 0),
     'pidfd': attempt(os.pidfd_open, os.getpid()), 'ptrace': call('ptrace', 0, 0, 0, 0), 'pidfd_getfd': call('pidfd_getfd', 0, 0, 0),
     'memory of others': call('process_vm_readv', 1, 0, 0, 0, 0, 0), 'kcmp': call('kcmp', 1, 1, 0, 0, 0),
@@ -77,11 +79,11 @@ if os.uname().machine == 'x86_64': results['x32'] = call('execve', b'/bin/true',
 print(json.dumps({'results': results, 'absent': [call('clone3', 0, 0), call('openat2', -100, name, 0, 0), call('statx', 0, b'', 0, 0, 0)]}))
 """
 ALLOWED = {
-    Policy.WORKER: {"thread", "read", "write", "fstat", "memory"},
+    Policy.WORKER: {"thread", "read", "write", "fstat", "memory", "own processors"},
     Policy.SESSION: {"thread", "read", "write", "fstat", "memory", "stat", "socketpair", "pipe"},
     Policy.SUPERVISOR: {
         *("thread", "read", "write", "fstat", "memory", "stat", "socketpair", "pipe"),
-        *("fork", "pidfd", "open", "list"),
+        *("fork", "pidfd", "open", "list", "own processors"),
     },
 }
 

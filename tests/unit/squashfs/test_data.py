@@ -44,6 +44,20 @@ def test_blocks_holes_and_a_short_last_block() -> None:
     assert image.read_file(file, 1 << 20) == b"a" * 4096 + bytes(4096) + b"b" * 4096 + b"tail!"
 
 
+def test_where_the_last_read_began_changes_no_answer() -> None:
+    words = [0 if i % 97 else RAW | 4096 for i in range(1300)]
+    raw = RawImage(data=b"b" * 4096 * 14)
+    raw.file(1, 1300 * 4096, words)
+    image, file = raw.open_root()
+    order = random.Random(7)
+    for _ in range(300):
+        at = order.randrange(1300)
+        for block in (at, at + 1, at + 3, at - 1):
+            fresh, same = raw.open_root()
+            wanted = max(block, 0) * 4096
+            assert image.spans(file, wanted, 9000) == fresh.spans(same, wanted, 9000)
+
+
 def test_a_tail_in_a_fragment() -> None:
     packed = zlib.compress(b"....tail!")
     raw = RawImage(data=b"b" * 4096 + packed, fragments=[(96 + 4096, len(packed))])
