@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ != "__main__":  # the forking server needs nothing of this
-    from support.fusetools import until
+    from support.fusetools import held_elsewhere, until
     from uenvd.mounts import umount
 
 
@@ -47,17 +47,6 @@ def _serve(channel: socket.socket) -> None:
             for descriptor in descriptors:
                 os.close(descriptor)
         channel.send(json.dumps(answer).encode())
-
-
-def held_elsewhere(device: int) -> bool:
-    """Tell whether a mount of this device number is in any process's mount namespace."""
-    wanted = f" {os.major(device)}:{os.minor(device)} "
-    for process in Path("/proc").iterdir():
-        if process.name.isdecimal():
-            with suppress(OSError):
-                if wanted in (process / "mountinfo").read_text(errors="replace"):
-                    return True
-    return False
 
 
 class ForkedFs:

@@ -50,6 +50,11 @@ class Pace:
         """Whether nothing is measured any more: `gained` need not be told."""
         return self._phase == "decided"
 
+    @property
+    def is_timing_one(self) -> bool:
+        """Whether it is found out at the moment what one connection has: in small steps that is known sooner."""
+        return self._phase in {"warm", "alone"}
+
     def gained(self, count: int, now_s: float, waited_s: float) -> bool:
         """Note bytes, over whichever connection, and how long it did nothing until they came; tell whether the transfer goes back to one."""
         if self._phase == "decided":

@@ -15,6 +15,8 @@ ALONE_PIECES: Final = 5
 URGENT_PIECE_BYTES: Final = 4 << 20
 HINT_PIECE_BYTES: Final = 2 << 20
 """Small, because a demand may have to wait for the end of one."""
+ON_ITS_WAY_BYTES: Final = 4 << 20
+"""So much of a range that nobody waits for any more may have been sent already; to close the connection at once would be to throw it away."""
 CUT_BYTES: Final = 256 << 10
 """A demand for what a connection brings anyway within so many bytes waits for it."""
 
@@ -126,10 +128,10 @@ class Schedule:
             task.end = min(task.end, task.at + self._piece_bytes)
 
     def cut_to_first(self) -> None:
-        """Make all but the foremost connection give up what they have not brought yet."""
+        """Make all but the foremost connection give up what they have not brought yet, but for what may be on its way."""
         filling = sorted((task for task in self._tasks if not task.urgent), key=lambda task: task.at)
         for task in filling[1:]:
-            task.end = task.at
+            task.end = min(task.end, task.at + ON_ITS_WAY_BYTES)
 
     def discard(self, first: int, end: int) -> None:
         """Note that bytes on disk are wrong."""

@@ -58,7 +58,7 @@ PIECE_GRACE_S: Final = 120.0
 URGENT_CONNECTIONS: Final = 2
 YIELD_S: Final = 5.0
 """How long the background lets demanded bytes go first before it takes its turn."""
-WATCHED_UNIT_BYTES: Final = 512 << 10
+SMALL_UNIT_BYTES: Final = 512 << 10
 """So much is received at a time where somebody waits for bytes before the whole is there."""
 _TICK_S: Final = 0.1
 _LOOK_S: Final = 0.05
@@ -113,7 +113,7 @@ class Transfer:
         self._partial = partial
         self._tuning = tuning or Tuning()
         self._arrived = arrived
-        self._unit_bytes = BUFFER_BYTES if arrived is None else WATCHED_UNIT_BYTES
+        self._unit_bytes = BUFFER_BYTES if arrived is None else SMALL_UNIT_BYTES
         self._state = threading.Condition()
         """For the workers. The hash and the caller have signals of their own, so that a megabyte more does not wake everybody."""
         self._in_order = InOrder(partial, self._stopped)
@@ -364,7 +364,8 @@ class Transfer:
                     self._give_way(task, rate)
                 # Each look at the clock of a thread is a system call under the interpreter's lock.
                 idle_s = None if self._pace.decided else _idle_s()
-                count = blob.readinto(hand.buffer[: min(end - at, self._unit_bytes)])
+                unit_bytes = SMALL_UNIT_BYTES if self._pace.is_timing_one else self._unit_bytes
+                count = blob.readinto(hand.buffer[: min(end - at, unit_bytes)])
                 rate.gained(count)
                 if idle_s is not None:
                     self._note_pace(count, _idle_s() - idle_s)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
@@ -221,6 +222,7 @@ def update_index(
 
     def step() -> bool:
         nonlocal wanted
+        before = _present(remote, repository)
         try:
             there: SystemIndex | None = read_index(remote, namespace, system)
         except (NotFound, ManifestError):
@@ -228,7 +230,7 @@ def update_index(
         wanted = change(there or SystemIndex(namespace, system))
         if wanted == there:
             return True
-        _write(remote, repository, wanted)
+        _write(remote, repository, wanted, unless=lambda: _present(remote, repository) != before)
         return False
 
     if not until_it_stays(remote, f"{repository}:{INDEX_TAG}", step):
@@ -239,7 +241,17 @@ def update_index(
     return wanted
 
 
-def _write(remote: Remote, repository: str, index: SystemIndex) -> None:
+def _present(remote: Remote, repository: str) -> str | None:
+    """Return the digest of the index that is there."""
+    with suppress(NotFound):
+        return remote.resolve(repository, INDEX_TAG)
+    return None
+
+
+def _write(
+    remote: Remote, repository: str, index: SystemIndex, unless: Callable[[], bool] = lambda: False
+) -> None:
+    """Store an index; ``unless``, which is asked just before it gets its tag, another was stored meanwhile."""
     data = index.encode()
     if len(data) > MAX_INDEX_BYTES:
         raise RegistryError(
@@ -247,4 +259,5 @@ def _write(remote: Remote, repository: str, index: SystemIndex) -> None:
         )
     layer = replace(remote.push_bytes(repository, data, INDEX_LAYER), annotations={TITLE: "index.json"})
     remote.push_bytes(repository, EMPTY_BLOB, EMPTY_TYPE)
-    remote.push_manifest(repository, INDEX_TAG, build_artifact(INDEX_ARTIFACT, [layer], {CREATED: now()}))
+    if not unless():
+        remote.push_manifest(repository, INDEX_TAG, build_artifact(INDEX_ARTIFACT, [layer], {CREATED: now()}))

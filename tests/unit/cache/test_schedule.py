@@ -1,7 +1,15 @@
 import random
 
 from uenvd.cache.ranges import Ranges
-from uenvd.cache.schedule import ALONE_PIECES, CUT_BYTES, MIN_PIECE_BYTES, URGENT_PIECE_BYTES, Schedule, Task
+from uenvd.cache.schedule import (
+    ALONE_PIECES,
+    CUT_BYTES,
+    MIN_PIECE_BYTES,
+    ON_ITS_WAY_BYTES,
+    URGENT_PIECE_BYTES,
+    Schedule,
+    Task,
+)
 
 MB = 1 << 20
 
@@ -91,8 +99,12 @@ def test_a_connection_that_would_reach_the_demand_late_gives_it_up() -> None:
 def test_going_back_to_one_connection_keeps_the_foremost() -> None:
     plan = schedule()
     tasks = [task for _ in range(4) if (task := plan.take())]
+    whole = tasks[0].end
     plan.cut_to_first()
-    assert [task.end > task.at for task in tasks] == [True, False, False, False]
+    assert tasks[0].end == whole
+    assert [task.end - task.at for task in tasks[1:]] == [ON_ITS_WAY_BYTES] * 3, (
+        "what was sent is not thrown away"
+    )
 
 
 def test_wrong_bytes_are_asked_for_again() -> None:

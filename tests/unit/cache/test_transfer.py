@@ -76,7 +76,7 @@ class Gated:
 class Steady:
     """A pace that the test sets."""
 
-    alone = False
+    alone = is_timing_one = False
     decided = True
 
     def __init__(self, connections: int) -> None:

@@ -106,16 +106,40 @@ def test_updates(remote: Remote) -> None:
     assert remote.resolve(index_repository("deploy", "demo"), "latest") == before, "nothing to write"
 
 
-def test_an_update_that_others_overwrite_is_made_again(
-    remote: Remote, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A registry has no locks: as many rivals as there are, the change is there in the end, or an error."""
+@pytest.fixture
+def unlocked(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> Remote:
+    """A place without locks, as registries are."""
 
     @contextmanager
-    def unlocked(_name: str) -> Any:
+    def updating(_name: str) -> Any:
         yield False
 
-    monkeypatch.setattr(remote, "updating", unlocked)
+    monkeypatch.setattr(remote, "updating", updating)
+    return remote
+
+
+def test_what_another_writes_between_reading_and_writing_stays(
+    unlocked: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """He has waited for whoever read before him, but not for ever."""
+    monkeypatch.setattr("uenvd.oci.optimistic.time.sleep", lambda _seconds: None)
+    other = replace(ENTRY, repository="deploy/demo/zen3/other/1")
+    rivals = [index_of(other)]
+
+    def change(there: SystemIndex) -> SystemIndex:
+        if rivals:
+            indexes._write(unlocked, index_repository("deploy", "demo"), rivals.pop())
+        return there.with_repository(ENTRY.repository, [ENTRY])
+
+    update_index(unlocked, "deploy", "demo", change)
+    assert read_index(unlocked, "deploy", "demo") == index_of(ENTRY, other)
+
+
+def test_an_update_that_others_overwrite_is_made_again(
+    unlocked: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A registry has no locks: as many rivals as there are, the change is there in the end, or an error."""
+    remote = unlocked
     rivals = [index_of(), index_of(), None]
 
     def sleep(_seconds: float) -> None:
