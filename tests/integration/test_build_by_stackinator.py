@@ -59,7 +59,11 @@ def test_the_real_one_of_early_2024(old: Path, site: Site, tmp_path: Path) -> No
     assert contents(built.image, "meta/configure.json") == ""
     said = json.loads((built.meta_dir / "stackinator-configure.json").read_text())
     assert said["stackinator"]["version"] == "4.0"
-    assert contents(built.image, "seen").split() == ["/tmp:", "/uenvd-build/home:"], "both are empty"
+    seen = contents(built.image, "seen").split()
+    if not PROGRAMS.is_relative_to("/tmp"):
+        assert seen == ["/tmp:", "/uenvd-build/home:"], "both are empty"
+    else:  # what a build needs is not hidden from it
+        assert seen[0] == "/tmp:" and seen[-1] == "/uenvd-build/home:", "that is empty"
     lock = json.loads(built.lock.read_text())
     assert lock["tools"]["stackinator"] == "4.0"
     assert {"system compilers.yaml", "system site/packages/sitetool/package.py"} < set(lock["inputs"])
@@ -68,7 +72,7 @@ def test_the_real_one_of_early_2024(old: Path, site: Site, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("version", ["5.0.1", "6.1.0", "7.0.0"])
 def test_later_generations(version: str, tmp_path: Path, site: Site) -> None:
-    recipe = _recipe_for(version)
+    recipe = _recipe_for(version, tmp_path)
     program = stand_in_stack_config(tmp_path / "stack-config", version)
     mirror = tmp_path / "mirror.yaml"
     mirror.write_text("handed on\n")
@@ -91,25 +95,30 @@ def test_what_a_failed_build_finished_goes_to_the_build_cache(tmp_path: Path, si
     steps: list[str] = []
     with pytest.raises(BuildFailed, match=r"make --keep-going -j1 SANDBOX= store\.squashfs failed"):
         build(
-            _recipe_for("6"), tmp_path / "out", site=site, environment={"STUB_FAILS": "1"}, say=steps.append
+            _recipe_for("6", tmp_path),
+            tmp_path / "out",
+            site=site,
+            environment={"STUB_FAILS": "1"},
+            say=steps.append,
         )
     assert steps[-2:] == ["make, once more with fewer processes", "keeping in the build cache what was built"]
     assert (tmp_path / "mirror.yaml.pushed").read_text() == "pushed\n"
     assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".log"]
 
 
-def _recipe_for(version: str) -> Recipe:
+def _recipe_for(version: str, directory: Path) -> Recipe:
+    """Copy a recipe of the test site: /tmp, where this checkout may lie, is hidden from a build that needs nothing of it."""
     wanted = {"5": "Stackinator 5", "6": "Stackinator 6", "7": "Stackinator 7"}[version[0]]
     for path in sorted((SITE / "recipes").glob("*/*/**/config.yaml")):
         recipe = load_recipe(path.parent)
         if recipe.format.startswith(wanted):
-            return recipe
+            return load_recipe(shutil.copytree(path.parent, directory / "recipe" / path.parent.name))
     raise AssertionError(f"the test site has no recipe for {wanted}")
 
 
 def test_a_program_that_does_not_say_its_format_is_told_by_the_site(tmp_path: Path, site: Site) -> None:
     program = stand_in_stack_config(tmp_path / "stack-config", "7.0.0-dev")
-    recipe = _recipe_for("6")
+    recipe = _recipe_for("6", tmp_path)
     with pytest.raises(ResourceMissing, match="does not say which format it takes") as caught:
         choose(recipe, Site((str(program),), site.system))
     assert "UENVD_STACK_CONFIG=2=" in caught.value.hint

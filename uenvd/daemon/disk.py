@@ -13,6 +13,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import trio
 
+from uenvd.daemon.threads import ThreadLimit
 from uenvd.errors import StorageError
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ CHANGE_S: Final = 90.0
 """For what waits for other nodes, too, or removes images."""
 
 
-_limiter: Final = trio.lowlevel.RunVar[trio.CapacityLimiter]("threads of the cache")
+_threads: Final = ThreadLimit("threads of the cache", THREADS)
 
 
 async def call(
@@ -40,7 +41,9 @@ async def call(
     attempt = _Attempt(lambda: work(*args), dispose)
     try:
         with trio.fail_after(deadline_s):
-            result = await trio.to_thread.run_sync(attempt.run, limiter=_threads(), abandon_on_cancel=True)
+            result = await trio.to_thread.run_sync(
+                attempt.run, limiter=_threads.limiter(), abandon_on_cancel=True
+            )
             attempt.taken = True
             return result
     except trio.TooSlowError:
@@ -50,15 +53,6 @@ async def call(
         ) from None
     finally:
         attempt.leave()
-
-
-def _threads() -> trio.CapacityLimiter:
-    try:
-        return _limiter.get()
-    except LookupError:
-        limiter = trio.CapacityLimiter(THREADS)
-        _limiter.set(limiter)
-        return limiter
 
 
 class _Attempt(Generic[T]):

@@ -18,6 +18,7 @@ from uenvd import ownfiles
 from uenvd.cache.identity import CacheUser
 from uenvd.daemon.peer import Identity
 from uenvd.daemon.question import Question
+from uenvd.daemon.threads import ThreadLimit
 from uenvd.errors import AccessDenied, StorageError, UnknownLabel
 from uenvd.label import Label
 from uenvd.own import file_of, need_file_label
@@ -29,7 +30,7 @@ THREADS: Final = 16
 THREADS_OF_A_USER: Final = 2
 """A user whose file server hangs stops his own requests only."""
 
-_limiter: Final = trio.lowlevel.RunVar[trio.CapacityLimiter]("threads that look for own images")
+_threads: Final = ThreadLimit("threads that look for own images", THREADS)
 _busy: Counter[int] = Counter()
 _lock = threading.Lock()
 
@@ -55,7 +56,7 @@ async def find(source: str, wanted: Label, question: Question, *, elsewhere: boo
     look = _Look(source, wanted, owner, elsewhere=elsewhere)
     try:
         with trio.fail_at(min(question.deadline_s, trio.current_time() + LOOK_S)):
-            return await trio.to_thread.run_sync(look.run, limiter=_threads(), abandon_on_cancel=True)
+            return await trio.to_thread.run_sync(look.run, limiter=_threads.limiter(), abandon_on_cancel=True)
     except trio.TooSlowError:
         path = file_of(look.directory, wanted) if look.directory is not None else None
         if path is not None and wanted.version is not None:
@@ -129,12 +130,3 @@ def directory_of(source: str, owner: Identity) -> str:
             raise AccessDenied(f"this node knows no user with uid {owner.uid}") from None
         source = source.replace("%h", entry.pw_dir).replace("%u", entry.pw_name)
     return os.path.normpath(source)
-
-
-def _threads() -> trio.CapacityLimiter:
-    try:
-        return _limiter.get()
-    except LookupError:
-        limiter = trio.CapacityLimiter(THREADS)
-        _limiter.set(limiter)
-        return limiter

@@ -42,6 +42,7 @@ MAX_WORKERS = 64
 _CAP_SYS_ADMIN = 21
 _FLAGS = frozenset({"allow_other", "dev", "nodev", "suid", "nosuid", "exec", "noexec"})
 _IMPLIED = frozenset({"ro", "default_permissions"})
+_UID_MAP = Path("/proc/self/uid_map")
 
 
 @dataclass
@@ -89,12 +90,16 @@ def parse(arguments: list[str]) -> Command:
     command = Command(words[0], words[1], foreground)
     for option in filter(None, options):
         _apply(command, option)
+    if command.workers and command.transport == "pyfuse3":
+        raise UsageError("workers= is for transport=channel", hint="leave one of them out")
     return command
 
 
 def _apply(command: Command, option: str) -> None:
     key, equals, value = option.partition("=")
     if not equals and key in _FLAGS:
+        # As for mount(8): of two that contradict each other the last counts.
+        command.flags.discard(key.removeprefix("no") if key.startswith("no") else f"no{key}")
         command.flags.add(key)
     elif key in ("offset", "cache") and value.isascii() and value.isdecimal() and len(value) < 16:
         if key == "offset":
@@ -109,6 +114,23 @@ def _apply(command: Command, option: str) -> None:
         command.fsname = value
     elif equals or key not in _IMPLIED:
         raise UsageError(f"unknown mount option {option!r}", hint="see: uenvd-fs --help")
+
+
+def require_effect(command: Command) -> None:
+    """Refuse options that would do nothing for who runs this. Raises `UsageError`."""
+    if command.workers and command.transport == "auto" and not _may_mount():
+        raise UsageError(
+            "workers= needs transport=channel, and that the right to mount",
+            hint="leave it out, or run as root or in a user namespace: unshare -rm",
+        )
+    for option in sorted(command.flags & {"dev", "suid"}):
+        if os.geteuid() != 0:
+            raise UsageError(f"{option} takes effect only for root", hint=f"leave it out: no{option} holds")
+    # A file system that is mounted in another user namespace has no device nodes (SB_I_NODEV, fs/super.c).
+    if "dev" in command.flags and _UID_MAP.read_text().split() != ["0", "0", "4294967295"]:
+        raise UsageError(
+            "dev takes effect only for root of the machine, not of a user namespace", hint="leave it out"
+        )
 
 
 def _check_mountpoint(path: str) -> None:
@@ -151,6 +173,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _mount(command: Command) -> int:
+    require_effect(command)
     _check_mountpoint(command.mountpoint)
     image = open_image(command.image)
     if command.transport == "channel" or (command.transport == "auto" and _may_mount()):

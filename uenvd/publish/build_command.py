@@ -212,8 +212,6 @@ def _explain(arguments: argparse.Namespace, site: Site) -> int:
         recipe, place = load_recipe(arguments.recipe), None
         label = recipe.label
     if arguments.against is not None:
-        if place is not None:
-            place.remote.close()
         reasons = _reasons_against(arguments, recipe, site)
     elif place is not None:
         reasons = user_build.reasons(recipe, place, site)

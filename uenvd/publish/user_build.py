@@ -13,10 +13,11 @@ import platform
 import pwd
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Final
 
@@ -76,12 +77,18 @@ ANY_SYSTEM: Final = "local"
 class Place:
     """Where a user's image goes."""
 
-    remote: Remote
+    open: Callable[[], Remote]
+    """Opens the registry, or the user's own store."""
     repository: str
     label: Label
     """With all parts that the repository has, and the tag, if one was said."""
     images: Path | None
     """Directory of image files; None in a registry."""
+
+    @cached_property
+    def remote(self) -> Remote:
+        """The registry or store, opened when it is first asked for; who asks closes it."""
+        return self.open()
 
     @property
     def name(self) -> str:
@@ -163,7 +170,7 @@ def _in_registry(arguments: argparse.Namespace, label: Label) -> Place:
     label = label._replace(
         system=label.system or need_system(arguments), uarch=label.uarch or need_uarch(arguments)
     )
-    return Place(open_registry(arguments), _repository(label), label, None)
+    return Place(partial(open_registry, arguments), _repository(label), label, None)
 
 
 def _in_account(
@@ -175,8 +182,8 @@ def _in_account(
         uarch=label.uarch or uarch_of(arguments) or platform.machine(),
     )
     store = own_store(environ) if make else _store(environ)
-    remote = open_remote(parse_registry(f"oci-layout:{store / LAYOUT}"))
-    return Place(remote, _repository(label), label, Path(images_directory(environ)))
+    address = parse_registry(f"oci-layout:{store / LAYOUT}")
+    return Place(partial(open_remote, address), _repository(label), label, Path(images_directory(environ)))
 
 
 def _repository(label: Label) -> str:
