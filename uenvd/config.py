@@ -59,7 +59,7 @@ class PullConfig:
     """How images are fetched."""
 
     connections: int = 4
-    piece_bytes: int = 24 << 20
+    piece_bytes: int = 36 << 20
     prefetch_on_submit: bool = False
     """Fetch an image into the shared cache as soon as a job that wants it is submitted."""
     lazy: bool = True

@@ -3,7 +3,8 @@
 Several connections help where each is limited (a long way, a server or proxy that limits each, TLS on one core). Where the processor or the
 line is the limit they only get into each other's way: on two cores that also run the registry, four are a fifth slower than one. So a transfer
 begins with one. Where that one keeps this side busy it stays alone; where it waits for bytes all are tried, and what was faster is kept.
-Now and then that is done again.
+Now and then that is done again. No connection is closed for it, which would be to throw away what is on its way: those that are too many end
+with their pieces.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ class Pace:
         self._waited_s = 0.0
         self._alone_rate = 0.0
         self._hold_s = self._next_hold_s = HOLD_S
+        self._keeps_busy = connections == 1
 
     @property
     def alone(self) -> bool:
-        """Whether one connection is known to be enough for a while."""
-        return self.allowed == 1 and self._phase in {"hold", "decided"}
+        """Whether one connection does all that this side can: others will hardly be tried soon."""
+        return self._keeps_busy and self.allowed == 1 and self._phase in {"hold", "decided"}
 
     @property
     def decided(self) -> bool:
@@ -55,10 +57,10 @@ class Pace:
         """Whether it is found out at the moment what one connection has: in small steps that is known sooner."""
         return self._phase in {"warm", "alone"}
 
-    def gained(self, count: int, now_s: float, waited_s: float) -> bool:
-        """Note bytes, over whichever connection, and how long it did nothing until they came; tell whether the transfer goes back to one."""
+    def gained(self, count: int, now_s: float, waited_s: float, connections: int) -> None:
+        """Note bytes, over whichever of the ``connections`` that are in use now, and how long it did nothing until they came."""
         if self._phase == "decided":
-            return False
+            return
         if self._since is None:
             self._since = now_s
         self._bytes += count
@@ -72,20 +74,18 @@ class Pace:
             case "alone" if self._measured(seconds, ALONE_S, ALONE_BYTES):
                 if self._waited_s < WAITING * seconds:
                     self._hold(now_s)
-                    return False
-                self._alone_rate = self._bytes / seconds
-                self.allowed = self._limit
-                self._enter("settle", now_s)
+                else:
+                    self._alone_rate = self._bytes / seconds
+                    self.allowed = self._limit
+                    self._enter("settle", now_s)
             case "all" if self._measured(seconds, WINDOW_S, WINDOW_BYTES):
                 if self._bytes / seconds >= WORTH * self._alone_rate:
                     self._phase = "decided"
-                    return False
-                self.allowed = 1
-                self._hold(now_s)
-                return True
-            case "hold" if seconds >= self._hold_s:
+                else:
+                    self.allowed = 1
+                    self._hold(now_s)
+            case "hold" if seconds >= self._hold_s and connections <= 1:
                 self._enter("alone", now_s)
-        return False
 
     def refused(self) -> None:
         """Note that the place asks for less (429, 503)."""
@@ -101,11 +101,12 @@ class Pace:
 
     def _hold(self, now_s: float) -> None:
         """Stay with one for a while, longer each time."""
-        if self._phase == "all":
+        self._keeps_busy = self._phase == "alone"
+        if self._keeps_busy:
+            self._hold_s = LOOK_S
+        else:
             self._hold_s = self._next_hold_s
             self._next_hold_s = min(2 * self._next_hold_s, LONGEST_HOLD_S)
-        else:
-            self._hold_s = LOOK_S
         self._enter("hold", now_s)
 
     def _measured(self, seconds: float, window_s: float, window_bytes: int) -> bool:

@@ -15,8 +15,6 @@ ALONE_PIECES: Final = 5
 URGENT_PIECE_BYTES: Final = 4 << 20
 HINT_PIECE_BYTES: Final = 2 << 20
 """Small, because a demand may have to wait for the end of one."""
-ON_ITS_WAY_BYTES: Final = 4 << 20
-"""So much of a range that nobody waits for any more may have been sent already; to close the connection at once would be to throw it away."""
 CUT_BYTES: Final = 256 << 10
 """A demand for what a connection brings anyway within so many bytes waits for it."""
 
@@ -35,7 +33,8 @@ class Task:
 class Schedule:
     """The bytes of one blob: on disk, on their way, demanded, missing.
 
-    The blob is filled from its beginning in pieces of ``piece_bytes``, smaller ones near the end, where all connections should finish at
+    The blob is filled from its beginning in pieces of ``piece_bytes``. The first ones are shorter, each by another part, so that connections
+    come to the ends of theirs in turn: less has to be kept until it can be hashed. So are those near the end, where all should finish at
     about the same moment. What is demanded goes first. With ``fill`` false nothing else is fetched.
     """
 
@@ -47,6 +46,7 @@ class Schedule:
         self.fill = fill
         self._piece_bytes = piece_bytes
         self._connections = connections
+        self._begun = 0
         self._tasks: list[Task] = []
         self._demands: deque[tuple[int, int]] = deque()
         self._hints: deque[tuple[int, int]] = deque()
@@ -97,8 +97,10 @@ class Schedule:
         gap = next(self._missing(0, self.size_bytes), None)
         if gap is None:
             return None
-        left = self.size_bytes - self.held.total_bytes - sum(task.end - task.at for task in self._tasks)
-        piece = min(self._piece_bytes, max(MIN_PIECE_BYTES, left // self._connections))
+        self._begun = min(self._begun + 1, self._connections)
+        piece = self._piece_bytes * self._begun // self._connections
+        share = (self.size_bytes - self.held.total_bytes) // self._connections
+        piece = max(MIN_PIECE_BYTES, min(piece, share))
         if alone:
             piece = ALONE_PIECES * self._piece_bytes
         return self._begin(gap[0], min(gap[1], gap[0] + piece), urgent=False)
@@ -126,12 +128,6 @@ class Schedule:
         """Let others help with what one connection was to bring alone."""
         for task in self._tasks:
             task.end = min(task.end, task.at + self._piece_bytes)
-
-    def cut_to_first(self) -> None:
-        """Make all but the foremost connection give up what they have not brought yet, but for what may be on its way."""
-        filling = sorted((task for task in self._tasks if not task.urgent), key=lambda task: task.at)
-        for task in filling[1:]:
-            task.end = min(task.end, task.at + ON_ITS_WAY_BYTES)
 
     def discard(self, first: int, end: int) -> None:
         """Note that bytes on disk are wrong."""

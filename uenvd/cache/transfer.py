@@ -74,7 +74,7 @@ class Tuning:
     """How a blob is fetched."""
 
     connections: int = 4
-    piece_bytes: int = 24 << 20
+    piece_bytes: int = 36 << 20
     min_rate_bytes_per_s: int = 16 << 10
     """A connection that is slower for `RATE_WINDOW_S` is given up, and a piece that is slower as a whole fails the transfer."""
 
@@ -465,8 +465,7 @@ class Transfer:
     def _note_pace(self, count: int, waited_s: float) -> None:
         with self._state:
             before = self._pace.allowed
-            if self._pace.gained(count, time.monotonic(), waited_s):
-                self._schedule.cut_to_first()
+            self._pace.gained(count, time.monotonic(), waited_s, self._asking)
             if self._pace.allowed > before:
                 self._schedule.cut_to_pieces()
                 self._state.notify_all()

@@ -13,7 +13,9 @@ def drive(
     now, backs = start_s, 0
     while now < start_s + seconds:
         now += STEP_S
-        backs += pace.gained(int(rate_of[pace.allowed] * STEP_S), now, waiting * STEP_S)
+        before = pace.allowed
+        pace.gained(int(rate_of[before] * STEP_S), now, waiting * STEP_S, before)
+        backs += pace.allowed < before
     return now, backs
 
 
@@ -44,6 +46,27 @@ def test_a_limited_processor_or_line_gets_one_and_is_tried_again_later() -> None
     assert pace.allowed == 1 and backs == 1
     now, _ = drive(pace, HOLD_S + 0.6, {1: 100e6, 4: 400e6}, now)
     assert pace.allowed == 4
+
+
+def test_one_is_not_timed_beside_others_that_end_their_pieces() -> None:
+    pace = Pace(4)
+    now, backs = drive(pace, 0.6, {1: 100e6, 4: 100e6})
+    assert pace.allowed == 1 and backs == 1
+    for _ in range(int(2 * HOLD_S / STEP_S)):
+        now += STEP_S
+        pace.gained(int(25e6 * STEP_S), now, STEP_S, 2)
+    _, backs = drive(pace, 0.6, {1: 100e6, 4: 100e6}, now)
+    assert pace.allowed == 1 and backs == 1, (
+        "a quarter of the line for one of them would make four look worthwhile"
+    )
+
+
+def test_only_where_one_does_all_that_this_side_can_it_asks_for_more_at_once() -> None:
+    busy, waiting = Pace(4), Pace(4)
+    drive(busy, 0.6, {1: 900e6}, waiting=0.1)
+    drive(waiting, 0.6, {1: 100e6, 4: 100e6})
+    assert busy.allowed == waiting.allowed == 1
+    assert busy.alone and not waiting.alone, "others are tried again, and would cut it short"
 
 
 def test_a_slow_link_is_decided_too() -> None:

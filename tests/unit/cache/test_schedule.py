@@ -5,7 +5,6 @@ from uenvd.cache.schedule import (
     ALONE_PIECES,
     CUT_BYTES,
     MIN_PIECE_BYTES,
-    ON_ITS_WAY_BYTES,
     URGENT_PIECE_BYTES,
     Schedule,
     Task,
@@ -41,18 +40,36 @@ def test_pieces_in_order_and_small_ones_at_the_end() -> None:
     assert plan.complete
     assert [first for first, _ in tasks[1:]] == [end for _, end in tasks[:-1]]
     sizes = [end - first for first, end in tasks]
-    assert sizes[0] == 16 * MB and sizes[-2] == MIN_PIECE_BYTES and sizes == sorted(sizes, reverse=True)
+    assert sizes[:5] == [4 * MB, 8 * MB, 12 * MB, 16 * MB, 16 * MB]
+    assert sizes[-2] == MIN_PIECE_BYTES and sizes[4:] == sorted(sizes[4:], reverse=True)
+
+
+def test_all_end_at_about_the_same_moment() -> None:
+    plan = schedule(200 * MB)
+    busy: list[Task] = []
+    while not plan.complete:
+        while len(busy) < 4 and (task := plan.take()) is not None:
+            busy.append(task)
+        left_bytes = plan.size_bytes - plan.held.total_bytes
+        assert len(busy) == 4 or left_bytes <= MIN_PIECE_BYTES, "all are at work until the end"
+        for task in list(busy):
+            plan.written(task.at, min(task.end, task.at + MB))
+            task.at = min(task.end, task.at + MB)
+            if task.at == task.end:
+                busy.remove(task)
+                plan.give_back(task)
 
 
 def test_what_is_held_or_on_its_way_is_not_asked_for() -> None:
     plan = schedule(100 * MB, 16 * MB, 2, (10 * MB, 20 * MB))
-    one, two, three = plan.take(), plan.take(), plan.take()
-    assert one and two and three
-    assert (one.at, one.end) == (0, 10 * MB)
-    assert two.at == 20 * MB and three.at == two.end
-    bring(plan, two, 3 * MB)
+    one, two, three, four = plan.take(), plan.take(), plan.take(), plan.take()
+    assert one and two and three and four
+    assert (one.at, one.end) == (0, 8 * MB)
+    assert (two.at, two.end) == (8 * MB, 10 * MB)
+    assert three.at == 20 * MB and four.at == three.end
+    bring(plan, three, 3 * MB)
     again = plan.take()
-    assert again and (again.at, again.end) == (23 * MB, three.at)
+    assert again and (again.at, again.end) == (23 * MB, four.at)
 
 
 def test_a_demand_goes_first_and_in_small_pieces() -> None:
@@ -82,29 +99,18 @@ def test_a_connection_that_would_reach_the_demand_late_gives_it_up() -> None:
     plan = schedule()
     task = plan.take()
     assert task
-    plan.demand(task.at + 10 * MB, task.at + 11 * MB)
-    assert task.end == 10 * MB
+    plan.demand(task.at + 2 * MB, task.at + 3 * MB)
+    assert task.end == 2 * MB
     urgent = plan.take()
-    assert urgent and (urgent.at, urgent.end, urgent.urgent) == (10 * MB, 11 * MB, True)
+    assert urgent and (urgent.at, urgent.end, urgent.urgent) == (2 * MB, 3 * MB, True)
     following = plan.take()
-    assert following and following.at == 11 * MB
+    assert following and following.at == 3 * MB
     near = plan.take()
     assert near
     end = near.end
     plan.demand(near.at + CUT_BYTES, near.at + CUT_BYTES + 1)
     assert near.end == end, "it comes in a moment"
     assert plan.take(urgent_only=True) is None and plan.urgent
-
-
-def test_going_back_to_one_connection_keeps_the_foremost() -> None:
-    plan = schedule()
-    tasks = [task for _ in range(4) if (task := plan.take())]
-    whole = tasks[0].end
-    plan.cut_to_first()
-    assert tasks[0].end == whole
-    assert [task.end - task.at for task in tasks[1:]] == [ON_ITS_WAY_BYTES] * 3, (
-        "what was sent is not thrown away"
-    )
 
 
 def test_wrong_bytes_are_asked_for_again() -> None:
@@ -187,4 +193,4 @@ def test_one_connection_alone_asks_for_more_and_shares_it_when_others_come() -> 
     plan.cut_to_pieces()
     assert task.end == 19 * MB
     second = plan.take()
-    assert second and (second.at, second.end) == (19 * MB, 35 * MB)
+    assert second and (second.at, second.end) == (19 * MB, 27 * MB)

@@ -82,8 +82,8 @@ class Steady:
     def __init__(self, connections: int) -> None:
         self.allowed = connections
 
-    def gained(self, _count: int, _now_s: float, _waited_s: float) -> bool:
-        return False
+    def gained(self, _count: int, _now_s: float, _waited_s: float, _connections: int) -> None:
+        pass
 
     def served(self) -> None:
         pass
