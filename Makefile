@@ -11,7 +11,7 @@ DESTDIR ?=
 # Two processes, a file of tests each: as many as the smallest machine has cores.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help setup plugin demo test check check-python check-plugin faults bench bench-pull bench-slurm bench-uenvctl install clean
+.PHONY: help setup plugin demo test check check-python check-plugin faults netfs bench bench-pull bench-slurm bench-uenvctl install clean
 
 help: ## say what can be made
 	@printf 'uenvd: scientific software stacks as squashfs images\n\n'
@@ -44,7 +44,11 @@ check-plugin: # the plugin's compiler warnings and its unit tests under ASan and
 	$(MAKE) -C slurm-plugin check
 
 faults: setup ## 2,000 faults in registry, network and cache, some minutes (root)
-	@UENVD_FAULTS=$${UENVD_FAULTS:-2000} $(VENV)/pytest -s tests/integration/test_registry_fault_campaign.py
+	@UENVD_FAULTS=$${UENVD_FAULTS:-2000} UENVD_FOLLOW_STEPS=$${UENVD_FOLLOW_STEPS:-60000} \
+		$(VENV)/pytest -s tests/integration/test_registry_fault_campaign.py tests/fuzz/test_fuzz_following.py
+
+netfs: setup ## the shared cache on a real NFS server, in a small machine of its own, 15 minutes (root)
+	@$(VENV)/python scripts/netfs.py -s $(or $(NETFS),tests/netfs)
 
 bench: setup ## measure: serving, against squashfuse_ll and the kernel's squashfs (root)
 	@$(VENV)/python tests/bench/serving.py

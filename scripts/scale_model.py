@@ -1,7 +1,8 @@
 """What a thousand nodes cost that start one image at once: a discrete-event simulation with measured parameters (docs/scale.md).
 
 Bytes are fluid: transfers share each link fairly (max-min), small questions queue for a server. Nodes ask with the pauses of
-`uenvd.cache.pauses`. Run: ``python scripts/scale_model.py [--nodes 1000] [--gigabytes 4] ...``; prints a table, or JSON with ``--json``.
+`uenvd.cache.pauses` and `uenvd.daemon.following`. Run:
+``python scripts/scale_model.py [--nodes 1000] [--gigabytes 4] ...``; prints a table, or JSON with ``--json``.
 """
 
 from __future__ import annotations
@@ -14,13 +15,19 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
+from uenvd.cache.hosting import LOOK_S as SHOWN_S
 from uenvd.cache.pace import LONGEST_WINDOW_S, WARM_S
 from uenvd.cache.pauses import LONGEST_S, SHARE
+from uenvd.daemon.following import LONGEST_LOOK_S, LOOK_S
 
 ASK_S = 1.0
 """The shortest pause of a node that waits for another one's pull (`uenvd.cache.blobs`)."""
 FILE_OPERATIONS = 9
 """Questions of such a node to the file server each time: is it there (3), may I pull (3), how far is it (3)."""
+WATCH_OPERATIONS = 6
+"""The same of a node that has started and follows: is it there, may I pull."""
+LOOK_OPERATIONS = 4
+"""Questions of such a node while somebody waits: begin and end of the map (open, read, read, close)."""
 ALONE_S = WARM_S + LONGEST_WINDOW_S
 """A transfer begins with one connection."""
 REGISTRY_REQUESTS = 2
@@ -159,6 +166,8 @@ class Storm:
         self._shared_read = Link(site.shared_read_bytes_per_s)
         self._shared_write = Link(site.shared_write_bytes_per_s)
         self._pulled_s: float | None = None
+        self._shown_s: float | None = None
+        """When what a start needs can be seen by the others."""
         self._pulling = False
         self._answered_s = 0.0
         self._ready: list[float] = []
@@ -179,7 +188,7 @@ class Storm:
             max(self._ready),
             moved / self.site.image_bytes,
             self.site.nodes * REGISTRY_REQUESTS,
-            max(self._asked.values(), default=0) * FILE_OPERATIONS,
+            max(self._asked.values(), default=0),
             max(self._whole, default=0.0),
         )
 
@@ -223,9 +232,7 @@ class Storm:
         """Look into the shared directory: read it, pull it, or come again."""
         now_s = self._world.now_s
         if self._pulled_s is not None:
-            needed = self.site.image_bytes * self.site.used
-            limit = self.site.node_bytes_per_s
-            self._world.send(Flow(needed, (self._shared_read,), limit, self._is_ready_and_whole))
+            self._read_shared(self._is_ready_and_whole)
         elif not self._pulling:
             self._pulling = True
             if self.way == "shared, lazy":
@@ -233,12 +240,47 @@ class Storm:
                 self._fetch(first, self._leader_is_ready)
             else:
                 self._fetch(self.site.image_bytes, self._has_pulled)
+        elif self.way == "shared, lazy":
+            self._watch(since_s)
+            self._follow(since_s)
         else:
-            self._asked[int(now_s)] = self._asked.get(int(now_s), 0) + 1
-            pause_s = max(ASK_S, min(LONGEST_S, SHARE * (now_s - since_s))) * self._chance.uniform(0.8, 1.2)
+            self._ask(FILE_OPERATIONS)
+            pause_s = self._pause(now_s - since_s, ASK_S, LONGEST_S)
             self._world.at(now_s + pause_s, lambda: self._look(since_s))
 
+    def _follow(self, since_s: float) -> None:
+        """Wait for what the start needs, which the node that pulls needs, too."""
+        now_s = self._world.now_s
+        if self._shown_s is not None and now_s >= self._shown_s:
+            self._read_shared(self._is_ready)
+            return
+        self._ask(LOOK_OPERATIONS)
+        pause_s = self._pause(now_s - since_s, LOOK_S, LONGEST_LOOK_S)
+        self._world.at(now_s + pause_s, lambda: self._follow(since_s))
+
+    def _watch(self, since_s: float) -> None:
+        """Look for the end of the pull."""
+        now_s = self._world.now_s
+        if self._pulled_s is not None:
+            self._is_whole()
+            return
+        self._ask(WATCH_OPERATIONS)
+        pause_s = self._pause(now_s - since_s, ASK_S, LONGEST_S)
+        self._world.at(now_s + pause_s, lambda: self._watch(since_s))
+
+    def _ask(self, operations: int) -> None:
+        second = int(self._world.now_s)
+        self._asked[second] = self._asked.get(second, 0) + operations
+
+    def _pause(self, waited_s: float, least_s: float, longest_s: float) -> float:
+        return max(least_s, min(longest_s, SHARE * waited_s)) * self._chance.uniform(0.8, 1.2)
+
+    def _read_shared(self, done: Callable[[], None]) -> None:
+        needed = self.site.image_bytes * self.site.used
+        self._world.send(Flow(needed, (self._shared_read,), self.site.node_bytes_per_s, done))
+
     def _leader_is_ready(self) -> None:
+        self._shown_s = self._world.now_s + SHOWN_S
         self._is_ready()
         self._fetch(self.site.image_bytes * (1 - self.site.used), self._is_pulled)
 

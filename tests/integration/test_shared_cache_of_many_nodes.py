@@ -21,6 +21,7 @@ from uenvd.cache import blobs, claim, leases
 from uenvd.cache.directory import Directory
 from uenvd.cache.gc import collect
 from uenvd.cache.identity import CacheUser
+from uenvd.cache.partview import Gone
 from uenvd.cache.pull import pull_blob
 from uenvd.cache.store import Store
 from uenvd.errors import InUse, NotFound, StorageError
@@ -347,6 +348,31 @@ def test_sixteen_processes_pull_one_image_once(server: Path, fake: FakeRegistry)
     assert done.returncode == 0, done.stderr
     sent = sent_bytes(fake, layer.size_bytes)
     assert sent <= 1.02 * layer.size_bytes, f"{sent / layer.size_bytes:.3f} copies"
+
+
+def test_a_part_is_read_on_another_node_while_it_is_written(nodes: tuple[Directory, Directory]) -> None:
+    here, there = nodes
+    with here.begin(LAYER) as part:
+        part.write_at(0, DATA[:10_000])
+        part.sync()
+        view = there.blobs.follow(LAYER.digest, LAYER.size_bytes)
+        assert view is not None
+        try:
+            assert view.look()
+            fd = view.open_for_reader()
+            assert view.read(0, 20_000)[:10_000] == DATA[:10_000], "behind that there is a hole, or nothing"
+            part.write_at(10_000, DATA[10_000:])
+            part.sync()
+            assert view.look()
+            assert view.read(0, len(DATA)) == DATA
+            assert os.pread(fd, len(DATA), 0) == DATA, "whoever has opened it before sees the same"
+            part.abort()
+            with pytest.raises(Gone):
+                view.look()
+            os.close(fd)
+        finally:
+            view.close()
+    assert there.blobs.follow(LAYER.digest, LAYER.size_bytes) is None
 
 
 # --- readers ------------------------------------------------------------------------------------------------------------------------

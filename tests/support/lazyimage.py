@@ -8,7 +8,7 @@ from pathlib import Path
 
 from support.daemon import Client, Daemon
 from support.publishing import env_json, make_squashfs
-from support.registry import FakeRegistry
+from support.registry import FakeRegistry, RealRegistry
 from uenvd.oci.manifest import squashfs_layer
 from uenvd.oci.reference import parse_registry
 from uenvd.oci.remote import no_progress, open_remote
@@ -34,7 +34,9 @@ class LazyImage:
         return f"/blobs/{self.layer}"
 
 
-def push_lazy(fake: FakeRegistry, directory: Path, *, files: int = 12, name: str = "app") -> LazyImage:
+def push_lazy(
+    fake: FakeRegistry | RealRegistry, directory: Path, *, files: int = 12, name: str = "app"
+) -> LazyImage:
     """Make and push an image as ``uenvd-publish push`` does; ``name/1.0:v1``."""
     directory.mkdir(parents=True, exist_ok=True)
     content: dict[str, bytes | str] = {f"f{number:02}": os.urandom(MB) for number in range(files)}

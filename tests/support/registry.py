@@ -159,6 +159,7 @@ class FakeRegistry:
         referrers_api: bool = True,
         page: int = 1000,
         tls: tuple[Path, Path] | None = None,
+        address: str = "127.0.0.1",
     ) -> None:
         """``auth``: none, basic, bearer. ``page``: longest list in one answer. ``tls``: (certificate, key)."""
         self.auth = auth
@@ -183,10 +184,13 @@ class FakeRegistry:
         self.upload_host = ""
         """Scheme and host that uploads are sent to; empty for this one."""
         self.sent_bytes = 0
+        """Of all answers, also of those that nobody took to their end."""
+        self.written_bytes = 0
+        """What went into connections."""
         """Of all bodies so far, as announced; roughly, when several threads send."""
         self.stopping = threading.Event()
         self._lock = threading.Lock()
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = Server((address, 0), Handler)
         self._server.registry = self
         scheme = "http"
         if tls is not None:
@@ -196,7 +200,7 @@ class FakeRegistry:
             self._server.socket = context.wrap_socket(
                 self._server.socket, server_side=True, do_handshake_on_connect=False
             )
-        self.host = f"127.0.0.1:{self._server.server_address[1]}"
+        self.host = f"{address}:{self._server.server_address[1]}"
         self.url = f"{scheme}://{self.host}"
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.02,), name="fake registry", daemon=True

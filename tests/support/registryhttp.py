@@ -351,10 +351,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
         if spoil.bytes_per_s is None:
             self.wfile.write(body)
+            self.registry.written_bytes += len(body)
         else:
             step = max(1, spoil.bytes_per_s // 20)
             for start in range(0, len(body), step):
                 self.wfile.write(body[start : start + step])
+                self.registry.written_bytes += len(body[start : start + step])
                 if self.registry.stopping.wait(0.05):
                     break
         self.wfile.flush()

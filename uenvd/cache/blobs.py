@@ -15,21 +15,26 @@ last use               mtime of the blob                                   mtime
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from uenvd.cache.claim import FlockClaim, HeartbeatClaim, Watch, unless_stale
+from uenvd.cache.claim import FlockClaim, HeartbeatClaim, Watch, look_at, refresh, unless_stale
 from uenvd.cache.identity import CacheUser, as_user
-from uenvd.cache.leases import NodeLeases, held_anywhere, refresh
+from uenvd.cache.leases import NodeLeases, held_anywhere
 from uenvd.cache.partmap import received_bytes
+from uenvd.cache.partview import PartView
 from uenvd.cache.pauses import Pauses
+from uenvd.cache.wishes import DIRECTORY as WISHES
+from uenvd.cache.wishes import Wishes
 from uenvd.errors import InUse, NotFound, StorageError
 from uenvd.oci.files import storage_errors, sync_directory
 from uenvd.oci.reference import is_digest
@@ -37,6 +42,10 @@ from uenvd.oci.reference import is_digest
 log = logging.getLogger(__name__)
 
 _MAX_PARTS: Final = 1000
+_GOING_MODE: Final = 0o604
+"""Mode of a blob that a node is just removing from a shared directory; one that nobody gives a file otherwise."""
+_WISH_KEPT_S: Final = 600.0
+"""Wishes are written anew every few seconds."""
 
 GRACE_S: Final = 3600.0
 _ABSENT_S: Final = 1.0
@@ -69,6 +78,7 @@ class Blobs:
         self._used = root / "used"
         self._trash = root / "trash"
         self._lease_files = root / "leases"
+        self._wishes = root / WISHES
         self.watch = Watch()
         self.leases = NodeLeases(self._lease_files, node, user) if node is not None else None
         self._absent, self._busy, self._measured = Pauses(), Pauses(), Pauses()
@@ -78,7 +88,7 @@ class Blobs:
     def directories(self) -> tuple[Path, ...]:
         """Return what has to exist."""
         common = (self.directory, self.partial, self.claims, self.quarantine, self.checks)
-        return (*common, self._used, self._trash, self._lease_files) if self.shared else common
+        return (*common, self._used, self._trash, self._lease_files, self._wishes) if self.shared else common
 
     def path(self, digest: str) -> Path:
         """Return where a blob is or would be. Raises `StorageError` for what is no digest."""
@@ -97,17 +107,12 @@ class Blobs:
         if self._absent.is_fresh(digest):
             return False
         with storage_errors(path, "looking for"):
-            # Opened, not looked up: an NFS client answers a look-up from its cache, also with No (for up to a minute).
-            for again in (False, True):
-                try:
-                    os.close(_open_blob(path, digest))
-                except NotFound:
-                    if not again and self._refreshed():
-                        continue
-                else:
-                    return True
-        self._absent.note(digest, _ABSENT_S)
-        return False
+            try:
+                os.close(self._open_now(path, digest))
+            except NotFound:
+                self._absent.note(digest, _ABSENT_S)
+                return False
+        return True
 
     @as_user
     def present(self, digests: Iterable[str]) -> set[str]:
@@ -115,6 +120,18 @@ class Blobs:
         if self.shared:
             self._refreshed()
         return {digest for digest in digests if _exists(self.path(digest))}
+
+    def _open_now(self, path: Path, digest: str) -> int:
+        """Open a blob of a shared directory as the server has it now. Raises `NotFound`, OSError."""
+        # Opened, not looked up: an NFS client answers a look-up from its cache, also with No (for up to a minute). So it does with a name
+        # that leads elsewhere now: what is opened may be a blob that is being removed.
+        for again in (False, True):
+            try:
+                return _open_staying(path, digest)
+            except NotFound:
+                if again or not self._refreshed():
+                    raise
+        raise AssertionError
 
     def _refreshed(self) -> bool:
         try:
@@ -155,10 +172,10 @@ class Blobs:
         assert self.leases is not None
         if not self.has(digest):
             raise NotFound(f"the blob {digest} is not in the cache")
-        # Before the open: whoever removes it looks for leases after he took the name away.
+        # Before the open: whoever removes it looks for leases after he took the name away and marked it.
         self.leases.take(path.name)
         with storage_errors(path, "opening"):
-            fd = _open_blob(path, digest)
+            fd = self._open_now(path, digest)
         self.touch(digest)
         return fd
 
@@ -244,6 +261,32 @@ class Blobs:
         """Return where the bytes of an unfinished pull are."""
         return self.partial / f"{self.path(digest).name}.part"
 
+    def wishes(self, digest: str) -> Wishes | None:
+        """Return what other nodes ask of the writer of a blob; None in a directory that they do not see."""
+        return Wishes(self._wishes, self.path(digest).name, self.user) if self.shared else None
+
+    @as_user
+    def follow(self, digest: str, size_bytes: int) -> PartView | None:
+        """Return what another process or node is writing of a blob of a shared directory; the caller closes it. None if nobody writes it.
+
+        Takes a lease: it holds when the part becomes the blob. Raises `StorageError`.
+        """
+        wishes, name = self.wishes(digest), self.path(digest).name
+        if wishes is None or self.leases is None:
+            return None
+        claim = self.claims / f"{name}.claim"
+        with storage_errors(claim, "looking for"):
+            if look_at(claim) is None:
+                self.look_anew(digest)
+                return None
+        self.leases.take(name)
+        return PartView(self.part_path(digest), claim, size_bytes, self.user, wishes)
+
+    def look_anew(self, digest: str) -> None:
+        """Have the next questions for a blob and for the right to write it asked at once."""
+        self._absent.forget(digest)
+        self._busy.forget(digest)
+
     @as_user
     def part_bytes(self, digest: str, *, exact: bool = False) -> int:
         """Return how many bytes an unfinished pull has, as far as its writer has said so (0 without one).
@@ -297,8 +340,11 @@ class Blobs:
     def _finish_removal(self, aside: Path) -> int:
         """Remove a blob that has no name any more; put it back if a lease names it. Raises `InUse` then."""
         name = aside.name.partition(".")[0]
+        # A reader whose NFS client believes the old name still opens it, and sees this, if not the reader's lease is seen here.
+        with suppress(OSError):
+            aside.chmod(_GOING_MODE)
         try:
-            holders = held_anywhere(self._lease_files, self.watch, self.grace_s).get(name)
+            holders = held_anywhere(self._lease_files, self.watch, self.grace_s, sure=True).get(name)
         except OSError:
             self._put_back(aside, name)
             raise
@@ -312,6 +358,8 @@ class Blobs:
     def _put_back(self, aside: Path, name: str) -> None:
         # Linked, not renamed: it may have been pulled anew meanwhile, and that one has readers, too. Then this one stays where it is for
         # those who have it open, and goes when the lease does (`sweep`).
+        with suppress(OSError):
+            aside.chmod(0o644)
         with suppress(FileExistsError):
             os.link(aside, self.directory / name)
             sync_directory(self.directory)
@@ -335,6 +383,10 @@ class Blobs:
             for claim in self.claims.glob("*.claim"):
                 with suppress(OSError, InUse, StorageError):
                     FlockClaim(claim, self.user).release()
+        for wish in self._wishes.iterdir() if self._wishes.exists() else ():
+            with suppress(OSError):
+                if time.time() - wish.stat().st_mtime > _WISH_KEPT_S:
+                    wish.unlink()
         held = self.held()
         for directory, kept_s in ((self.quarantine, quarantine_kept_s), (self._trash, 600.0)):
             for path in directory.glob("*.*") if directory.exists() else ():
@@ -361,14 +413,17 @@ class Blobs:
     @as_user
     def used_bytes(self) -> int:
         """Return how many bytes blobs, parts and quarantine occupy."""
-        used = 0
+        found: dict[
+            int, int
+        ] = {}  # a part that became a blob has two names for a moment; on NFS as long as a worker reads it
         with storage_errors(self.root, "looking at the cache in"):
             for directory in (self.directory, self.partial, self.quarantine):
                 with os.scandir(directory) as entries:
                     for entry in entries:
                         with suppress(FileNotFoundError):
-                            used += entry.stat(follow_symlinks=False).st_blocks * 512
-        return used
+                            status = entry.stat(follow_symlinks=False)
+                            found[status.st_ino] = status.st_blocks * 512
+        return sum(found.values())
 
     @as_user
     def free_bytes(self) -> int:
@@ -380,9 +435,23 @@ class Blobs:
 
 def _open_blob(path: Path, digest: str) -> int:
     try:
-        return unless_stale(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+        return unless_stale(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), path.parent)
     except FileNotFoundError as error:
         raise NotFound(f"the blob {digest} is not in the cache") from error
+
+
+def _open_staying(path: Path, digest: str) -> int:
+    """Open a blob that nobody is removing. Raises `NotFound`, OSError."""
+    fd = _open_blob(path, digest)
+    try:
+        if stat.S_IMODE(os.fstat(fd).st_mode) != _GOING_MODE:
+            return fd
+    except OSError as error:
+        if error.errno not in {errno.ESTALE, errno.ENOENT}:  # removed by now, as NFS says it, and FUSE
+            os.close(fd)
+            raise
+    os.close(fd)
+    raise NotFound(f"the blob {digest} is being removed from the cache")
 
 
 def _exists(path: Path) -> bool:

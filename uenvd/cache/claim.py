@@ -1,4 +1,4 @@
-"""Who writes a blob (`uenvd.cache.partial.Claim`): one process of one node, or of all nodes that share a directory.
+"""Who writes a blob (`Claim`): one process of one node, or of all nodes that share a directory.
 
 Two kinds of claim, one protocol. `FlockClaim` is for a directory of this node: a kernel lock, which ends with the process. `HeartbeatClaim`
 is for a directory that many nodes share: a file made with O_EXCL, whose holder renews its time every `BEAT_S`. It is stale when
@@ -24,10 +24,10 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from uenvd.cache.identity import CacheUser
-from uenvd.errors import InUse
+from uenvd.errors import InUse, StorageError
 from uenvd.oci.files import storage_error, storage_errors
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ _LOOK_S: Final = 1.0
 """A holder looks at most this often whether the claim still has its name."""
 _MAX_CLAIM_BYTES: Final = 4096
 _STALE_ATTEMPTS: Final = 8
+_STALE_PAUSE_S: Final = 0.01
 
 T = TypeVar("T")
 
@@ -107,6 +108,18 @@ class Watch:
             while len(self._seen) > self.MAX:
                 del self._seen[next(iter(self._seen))]
             return 0.0
+
+
+class Claim(Protocol):
+    """The right to write one blob, against every other thread, process and node."""
+
+    def check(self) -> None:
+        """Raise `InUse` when the right was lost."""
+        ...
+
+    def release(self) -> None:
+        """Give it up; does nothing the second time."""
+        ...
 
 
 class FlockClaim:
@@ -181,10 +194,15 @@ class HeartbeatClaim:
         self._released = False
         self.inherited = False
         """Taken from a holder who may still live, as far as can be known: he may still write to what he has open."""
-        self._fd = self._take(watch)
+        with user:
+            self._fd = self._take(watch)
         self._renewed_s = self._looked_s = _clock()
         if renewed:
-            threading.Thread(target=self._beat, name=f"claim {path.stem[:12]}", daemon=True).start()
+            # A descriptor of its own: a beat may be under way when the claim is given back, and numbers are used again.
+            beating = threading.Thread(
+                target=self._beat, args=(os.dup(self._fd),), name=f"claim {path.stem[:12]}", daemon=True
+            )
+            beating.start()
 
     def check(self) -> None:
         """Raise `InUse` if it was lost. Looks at the file at most once a second, so it may be called for each piece."""
@@ -269,6 +287,8 @@ class HeartbeatClaim:
         return True
 
     def _is_mine(self) -> bool:
+        # Without this an NFS client shows the file that it has open under its name for a minute, whoever has the name.
+        refresh(self._path.parent)
         seen = look_at(self._path)
         return seen is not None and seen.token == self._token
 
@@ -281,19 +301,23 @@ class HeartbeatClaim:
         except OSError:
             pass
 
-    def _beat(self) -> None:
-        while not self._stop.wait(BEAT_S):
-            try:
-                os.utime(self._fd)
-                with self._lock:
-                    if self._released:
-                        return
-                    self._renewed_s = _clock()
-                    self._look()
-                    if self._lost:
-                        return
-            except OSError as error:
-                log.warning("%s cannot be renewed: %s", self._path, error.strerror)
+    def _beat(self, fd: int) -> None:
+        try:
+            while not self._stop.wait(BEAT_S):
+                try:
+                    with self._user:  # a descriptor is not enough: NFS asks who changes the time
+                        os.utime(fd)
+                    with self._lock:
+                        if self._released:
+                            return
+                        self._renewed_s = _clock()
+                        self._look()
+                        if self._lost:
+                            return
+                except (OSError, StorageError) as error:
+                    log.warning("%s cannot be renewed: %s", self._path, error)
+        finally:
+            os.close(fd)
 
 
 def _clock() -> float:
@@ -314,7 +338,7 @@ class Seen(NamedTuple):
 def look_at(path: Path, limit_bytes: int = _MAX_CLAIM_BYTES) -> Seen | None:
     """Read a heartbeat file as the server has it now; None if it is gone. Raises OSError."""
     try:
-        status, data = unless_stale(lambda: _read(path, limit_bytes))
+        status, data = unless_stale(lambda: _read(path, limit_bytes), path.parent)
     except FileNotFoundError:
         return None
     body: Any = {}
@@ -335,6 +359,11 @@ def look_at(path: Path, limit_bytes: int = _MAX_CLAIM_BYTES) -> Seen | None:
     return Seen(str(body.get("token", "")), holder, state, body)
 
 
+def refresh(directory: Path) -> None:
+    """Make an NFS client ask its server what is in a directory now: opening it is what does that (close-to-open). Raises OSError."""
+    os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+
+
 def _read(path: Path, limit_bytes: int) -> tuple[os.stat_result, bytes]:
     # Opening is what makes NFS ask its server (close-to-open consistency); a stat may be an answer of a minute ago.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -344,12 +373,15 @@ def _read(path: Path, limit_bytes: int) -> tuple[os.stat_result, bytes]:
         os.close(fd)
 
 
-def unless_stale(work: Callable[[], T]) -> T:
-    """Do something again that met a file which another node was just replacing (ESTALE), a few times. Raises OSError."""
-    for _ in range(_STALE_ATTEMPTS):
+def unless_stale(work: Callable[[], T], directory: Path) -> T:
+    """Do something again that met a file in ``directory`` which another node was just replacing (ESTALE), a few times. Raises OSError."""
+    for attempt in range(_STALE_ATTEMPTS):
         try:
             return work()
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise
+        # Where opening was enough for an NFS client (it has a delegation, or the file open already) it does not look the name up by itself.
+        refresh(directory)
+        time.sleep(attempt * _STALE_PAUSE_S)
     return work()

@@ -12,6 +12,7 @@ Layout of ``root`` (an OCI image layout, readable by skopeo and oras)::
     registry/                  what the registry said last (`uenvd.cache.memory`)
     .lock                      flock for changes of records and index
     leases/ used/ trash/       of a shared directory: who reads what, when it was used last, what is being removed
+    wishes/<hex>.<token>       of a shared directory: what readers of other nodes wait for (`uenvd.cache.wishes`)
 
 Of a shared directory all changes are made as ``cache.user``, by any node; instead of ``.lock`` there is a heartbeat claim.
 """
@@ -138,18 +139,13 @@ class Directory:
         """Drop what nobody will finish: parts of blobs that are here, parts older than 7 days, leftovers of writers that are gone."""
         self.blobs.sweep(PART_KEPT_S, QUARANTINE_KEPT_S)
         with storage_errors(self.root, "cleaning up in"):
-            for directory in (
-                self.root,
-                self.blobs.directory,
-                self.blobs.claims,
-                self._images,
-                self.root / "registry",
-            ):
-                for leftover in directory.glob(".*.tmp"):
-                    # A writer renames within seconds.
-                    with suppress(OSError):
-                        if time.time() - leftover.stat().st_mtime > UNUSED_KEPT_S:
-                            leftover.unlink()
+            for directory in (self.root, *self.blobs.directories, self._images, self.root / "registry"):
+                for pattern, kept_s in ((".*.tmp", UNUSED_KEPT_S), (".nfs*", PART_KEPT_S)):
+                    for leftover in directory.glob(pattern):
+                        # A writer renames within seconds. An NFS client hides what it has open until it closes it, or crashes.
+                        with suppress(OSError):
+                            if time.time() - leftover.stat().st_mtime > kept_s:
+                                leftover.unlink()
             self.memory.sweep()
             with self._changing():
                 self._write_index()
@@ -199,7 +195,7 @@ class Directory:
         claim = self.blobs.claim(descriptor.digest)
         try:
             self._make_room(descriptor)
-            return Partial(
+            partial = Partial(
                 descriptor,
                 self.blobs.part_path(descriptor.digest),
                 self.blobs.path(descriptor.digest),
@@ -209,6 +205,8 @@ class Directory:
         except BaseException:
             claim.release()
             raise
+        partial.wishes = self.blobs.wishes(descriptor.digest)
+        return partial
 
     def _make_room(self, descriptor: Descriptor) -> None:
         needed = max(0, descriptor.size_bytes - self.blobs.part_bytes(descriptor.digest, exact=True))

@@ -6,7 +6,8 @@ the C library's applies to all threads), so other threads of the daemon keep roo
 user's the kernel takes the capabilities that override permissions (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER, ...) away from the
 thread: what works here works without them.
 
-An open file keeps the rights it was opened with, so reads and writes of descriptors need none of this; names do.
+An open file keeps the rights it was opened with, so reads and writes of descriptors need none of this; names do, and changes of a file's
+times and mode. Each thread enters for itself, also one that was started inside: leaving makes a thread root again.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Which blobs of a shared directory a node reads: one heartbeat file for each node, however many images it serves.
 
 ``leases/<node>.json`` names the blobs; its holder writes it before it opens a blob and renews its time every `RENEW_S`. Whoever wants to
-remove a blob takes its name away first, looks at the leases afterwards, and puts it back if one names it: so either the reader finds no
-blob, or the remover finds the lease. A lease ends when its holder drops it, or when the file has not changed for the whole grace while
-somebody watched (`uenvd.cache.claim`: no two clocks are compared). The file outlives the daemon: the images it served go on being read.
+remove a blob takes its name away and marks it first, looks at the leases afterwards, and puts it back if one names it: so either the reader
+finds no blob or a marked one, or the remover finds the lease. A lease ends when its holder drops it, or when the file has not changed for the
+whole grace while somebody watched (`uenvd.cache.claim`: no two clocks are compared). The file outlives the daemon: the images it served go on
+being read.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -19,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from uenvd.cache.claim import Watch, boot_id, look_at
+from uenvd.cache.claim import Watch, boot_id, look_at, refresh
 from uenvd.cache.identity import CacheUser, as_user
 from uenvd.oci.files import storage_errors, write_atomically
 
@@ -141,12 +143,16 @@ class NodeLeases:
         self._written = wanted
 
 
-def held_anywhere(directory: Path, watch: Watch, grace_s: float) -> dict[str, list[str]]:
+def held_anywhere(
+    directory: Path, watch: Watch, grace_s: float, *, sure: bool = False
+) -> dict[str, list[str]]:
     """Return hex digest -> nodes that hold it. A lease that has not changed for ``grace_s`` while we watched is removed.
 
-    Raises OSError: who cannot see all leases must not remove anything.
+    ``sure``: miss none, for who removes what nobody holds. Raises OSError: who cannot see all leases must not remove anything.
     """
     held: dict[str, list[str]] = {}
+    if sure:
+        _change(directory)
     refresh(directory)
     for entry in os.scandir(directory):
         if not entry.name.endswith(".json") or entry.name.startswith("."):
@@ -165,9 +171,12 @@ def held_anywhere(directory: Path, watch: Watch, grace_s: float) -> dict[str, li
     return held
 
 
-def refresh(directory: Path) -> None:
-    """Make an NFS client ask its server what is in a directory now: opening it is what does that (close-to-open). Raises OSError."""
-    os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+def _change(directory: Path) -> None:
+    """Make an NFS client list a directory anew. It does so after changes of its own; of others it hears by the directory's time, which does
+    not tell two changes within one tick of the server's clock apart (4 ms where HZ is 250)."""
+    path = directory / f".look.{os.getpid()}.{secrets.token_hex(6)}.tmp"
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    path.unlink()
 
 
 def _blobs_of(body: object) -> list[str]:

@@ -12,15 +12,17 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from uenvd.cache import partmap
+from uenvd.cache.claim import Claim
 from uenvd.cache.identity import CacheUser
 from uenvd.cache.partmap import map_of, trusted
 from uenvd.cache.ranges import Ranges
+from uenvd.cache.wishes import Wishes
 from uenvd.errors import DigestMismatch, InUse, StorageError, StorageFull
 from uenvd.oci.files import storage_error, storage_errors, sync_directory, write_atomically
 from uenvd.oci.manifest import Descriptor
@@ -32,18 +34,6 @@ CHECK_CLAIM_BYTES: Final = 64 << 20
 _CLOSE_S: Final = 0.05
 """How long the end waits for writes that are under way; after that the last of them ends the rest."""
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
-
-
-class Claim(Protocol):
-    """The right to write one blob, against every other thread, process and node."""
-
-    def check(self) -> None:
-        """Raise `InUse` when the right was lost."""
-        ...
-
-    def release(self) -> None:
-        """Give it up; does nothing the second time."""
-        ...
 
 
 class Partial:
@@ -67,6 +57,8 @@ class Partial:
         """
         self.descriptor = descriptor
         self.path = path
+        self.wishes: Wishes | None = None
+        """What other nodes ask for, in a directory that they see."""
         self._target = target
         self._user = user or CacheUser()
         self._claim = claim
@@ -76,12 +68,15 @@ class Partial:
         self._undurable_bytes = 0
         self._unchecked_bytes = 0
         self._full = False
+        self._unstored: StorageError | None = None
+        """Why bytes that were written may be lost. The kernel says it once (fsync(2)), so nothing of the file is believed any more."""
         self._hasher = hashlib.sha256()
         self._hashed_bytes = 0
         self._discards = 0
         self._hashing = threading.Lock()
         self._syncing = threading.Lock()
-        self._mapping = threading.Lock()
+        self._mapping = threading.RLock()
+        self._map_bytes = 0
         # The kernel lets one writer at a time into a file, and the others spin: on two cores that costs more than the write.
         self._writing = threading.Lock()
         self._state = threading.Condition()
@@ -133,6 +128,11 @@ class Partial:
         with self._state:
             return Ranges(self._held)
 
+    def covers(self, first: int, end: int) -> bool:
+        """Tell whether these bytes are there."""
+        with self._state:
+            return self._held.covers(first, end)
+
     @property
     def hashed_bytes(self) -> int:
         """How many bytes from the beginning on went into the hash."""
@@ -159,7 +159,7 @@ class Partial:
                 if (left := stop - self._hashed_bytes) <= 0:
                     break
                 view = memoryview(buffer)[: min(len(buffer), left)]
-                with self._using(), storage_errors(self.path, "reading back"):
+                with self._using(), self._errors("reading back"):
                     count = os.preadv(self._fd, [view], self._hashed_bytes)
                 if not count:
                     self._claim.check()  # a successor removes what its former writer may still write to
@@ -185,10 +185,11 @@ class Partial:
         with self._using(), self._user, storage_errors(self.path, "opening"):
             fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                with suppress(
-                    OSError
-                ):  # no locks in this file system: leases of a shared directory are files
-                    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                if (
+                    self.wishes is None
+                ):  # leases of a shared directory are files; its lock manager may not answer
+                    with suppress(OSError):
+                        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BaseException:
                 os.close(fd)
                 raise
@@ -199,8 +200,12 @@ class Partial:
         with self._state:
             if not self._held.covers(first, first + size_bytes):
                 raise ValueError(f"the bytes {first}..{first + size_bytes} are not there yet")
-        with self._using(), storage_errors(self.path, "reading back"):
+        with self._using(), self._errors("reading back"):
             return os.pread(self._fd, size_bytes, first)
+
+    def check(self) -> None:
+        """Raise `InUse` when the right to write was lost. Costs a look at the claim at most once a second."""
+        self._claim.check()
 
     # -- writing
 
@@ -268,19 +273,23 @@ class Partial:
             self._record()
 
     def sync(self) -> None:
-        """Make what was written durable, and note that it is. Raises `StorageError`, `StorageFull`."""
+        """Make what was written durable, and note that it is. Raises `StorageError`, `StorageFull`, `InUse` when a successor removed it."""
         with self._using(), self._syncing:
-            self._record()
             with self._state:
                 before, self._undurable_bytes = self._undurable_bytes, 0
             try:
-                os.fdatasync(self._fd)
-                os.write(self._map_fd, partmap.DURABLE)
+                # Others write and record meanwhile.
+                recorded_bytes = self._record()
+                self._flush()
+                self._append(partmap.durable_before(recorded_bytes))
                 os.fdatasync(self._map_fd)
             except OSError as error:
                 with self._state:
                     self._undurable_bytes += before
-                raise self._failed(error, "storing") from error
+                raise self._not_stored(error) from error
+
+    def _flush(self) -> None:
+        os.fdatasync(self._fd)
 
     # -- the end
 
@@ -300,15 +309,30 @@ class Partial:
             )
         try:
             self._claim.check()
-            with self._using(), self._user, storage_errors(self._target, "storing"):
-                os.ftruncate(self._fd, size)
-                os.fchmod(self._fd, 0o644)
-                os.fsync(self._fd)
-                self._publish()
+            with self._using(), self._user:
+                try:
+                    os.ftruncate(self._fd, size)
+                    os.fchmod(self._fd, 0o644)
+                    self._store()
+                    self._publish()
+                except OSError as error:
+                    raise self._failed(error, "storing", self._target) from error
                 with suppress(OSError):
                     map_of(self.path).unlink()
         finally:
+            if self._unstored is not None:
+                self.abort()
             self._close()
+
+    def _store(self) -> None:
+        if self._unstored is not None:
+            raise StorageError(
+                f"{self.path} could not be stored before: {self._unstored}", hint=self._unstored.hint
+            )
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise self._not_stored(error) from error
 
     def _publish(self) -> None:
         """Give the open file its name. Not whatever has the name of the part now: a node that slept since it looked at its claim has lost it."""
@@ -319,9 +343,7 @@ class Partial:
         except FileExistsError:
             pass  # verified bytes with this digest, which somebody may be reading
         except OSError as error:
-            if os.fstat(self._fd).st_nlink == 0 or error.errno == errno.ESTALE:
-                raise InUse(f"{self.path.name} was removed by a successor") from None
-            if error.errno not in _NO_LINKS:
+            if error.errno not in _NO_LINKS or self._is_gone(error):
                 raise
             self.path.rename(self._target)
         else:
@@ -336,9 +358,18 @@ class Partial:
         named, mine = self.path.stat(follow_symlinks=False), os.fstat(self._fd)
         return (named.st_dev, named.st_ino) == (mine.st_dev, mine.st_ino)
 
+    def _is_gone(self, error: OSError) -> bool:
+        """Tell whether something failed because a successor removed the file. NFS says it in several ways."""
+        if error.errno == errno.ESTALE:
+            return True
+        try:
+            return error.errno in {errno.ENOENT, *_NO_LINKS} and not self._is_mine()
+        except OSError:
+            return True
+
     def keep(self) -> None:
-        """End and leave the bytes for a later `Store.begin`; remove them if the disk was full. Does nothing after an end."""
-        if self._full:
+        """End and leave the bytes for a later `Store.begin`; remove them if the disk was full or some are lost. Does nothing after an end."""
+        if self._full or self._unstored is not None:
             self.abort()
         elif not self._ended:
             with suppress(StorageError, InUse):
@@ -372,8 +403,14 @@ class Partial:
             self._closed = True
             fds, self._fd, self._map_fd = (self._fd, self._map_fd), -1, -1
         for fd in fds:
-            if fd >= 0:
-                os.close(fd)
+            try:
+                if fd >= 0:
+                    os.close(fd)
+            except OSError:
+                # NFS writes what is left now, and it was refused: the next one begins anew.
+                with suppress(OSError, InUse, StorageError), self._user:
+                    self._claim.check()
+                    map_of(self.path).unlink()
         self._claim.release()
 
     # -- inside
@@ -390,9 +427,24 @@ class Partial:
         if due:
             self._claim.check()
 
-    def _failed(self, error: OSError, doing: str) -> StorageError:
-        failure = storage_error(error, self.path, doing)
+    @contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._failed(error, doing) from error
+
+    def _failed(self, error: OSError, doing: str, path: Path | None = None) -> StorageError | InUse:
+        if self._is_gone(error):
+            return InUse(f"{self.path.name} was removed by a successor")
+        failure = storage_error(error, path or self.path, doing)
         self._full = self._full or isinstance(failure, StorageFull)
+        return failure
+
+    def _not_stored(self, error: OSError) -> StorageError | InUse:
+        failure = self._failed(error, "storing")
+        if isinstance(failure, StorageError):
+            self._unstored = failure
         return failure
 
     def _note(self, first: int, end: int) -> None:
@@ -403,15 +455,21 @@ class Partial:
                 return
         last.append((first, end))
 
-    def _record(self) -> None:
+    def _record(self) -> int:
+        """Put what was written into the map; return how long that is now."""
         with self._mapping:
             with self._state:
                 lines, self._unrecorded = self._unrecorded, []
             if lines:
                 try:
-                    os.write(self._map_fd, partmap.written(lines))
+                    self._append(partmap.written(lines))
                 except OSError as error:
                     raise self._failed(error, "writing the map of") from error
+            return self._map_bytes
+
+    def _append(self, lines: bytes) -> None:
+        with self._mapping:
+            self._map_bytes += os.write(self._map_fd, lines)
 
     def _begin_map(self, durable: Ranges) -> None:
         """Write the map anew from what is held, and what of it is durable."""
@@ -421,6 +479,7 @@ class Partial:
             path = map_of(self.path)
             text = partmap.whole(self.descriptor.size_bytes, durable, held)
             write_atomically(path, text, durable=len(durable) > 0)
+            self._map_bytes = len(text)
             fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
             if self._map_fd >= 0:
                 os.close(self._map_fd)

@@ -16,6 +16,11 @@ LONGEST_S: Final = 5.0
 _FORGET_S: Final = 4 * LONGEST_S
 
 
+def pause_s(waited_s: float, least_s: float, longest_s: float = LONGEST_S) -> float:
+    """Return the pause after a question to somebody who has been waiting for ``waited_s``: `SHARE` of that within the bounds, +-20 %."""
+    return max(least_s, min(longest_s, SHARE * waited_s)) * random.uniform(0.8, 1.2)  # noqa: S311 -- spreads nodes
+
+
 class Pauses:
     """By name: when a question was asked last, and for how long its answer counts. Thread-safe."""
 
@@ -27,8 +32,8 @@ class Pauses:
     def is_fresh(self, name: str) -> bool:
         """Tell whether the last answer counts still."""
         with self._lock:
-            _first_s, last_s, pause_s = self._asked.get(name, (0.0, 0.0, -1.0))
-        return time.monotonic() - last_s < pause_s
+            _first_s, last_s, counts_s = self._asked.get(name, (0.0, 0.0, -1.0))
+        return time.monotonic() - last_s < counts_s
 
     def note(self, name: str, least_s: float) -> None:
         """Note that it was asked now; the answer counts at least about ``least_s``."""
@@ -37,8 +42,7 @@ class Pauses:
             for old in [one for one, (_, last_s, _) in self._asked.items() if now_s - last_s > _FORGET_S]:
                 del self._asked[old]
             first_s = self._asked.get(name, (now_s,))[0]
-            pause_s = max(least_s, min(LONGEST_S, SHARE * (now_s - first_s)))
-            self._asked[name] = (first_s, now_s, pause_s * random.uniform(0.8, 1.2))  # noqa: S311 -- spreads nodes
+            self._asked[name] = (first_s, now_s, pause_s(now_s - first_s, least_s))
 
     def forget(self, name: str) -> None:
         """Ask anew the next time."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from uenvd.cache.hosting import Hosting
 from uenvd.cache.partial import Partial
 from uenvd.cache.store import Store
 from uenvd.cache.transfer import Transfer, Tuning
@@ -58,7 +59,8 @@ def pull_blob(
                 prepare = None
             transfer = Transfer(remote, repository, descriptor, partial, tuning=tuning)
             try:
-                transfer.run(progress=progress, cancelled=cancelled)
+                with Hosting(partial, transfer.demand):
+                    transfer.run(progress=progress, cancelled=cancelled)
                 partial.commit()
             except InUse as error:
                 log.warning("%s: %s", descriptor.digest, error)

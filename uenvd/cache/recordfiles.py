@@ -27,7 +27,7 @@ class RecordFiles:
         """Return a record; None if there is none, or none that makes sense."""
         try:
             path = self._path(manifest_digest)
-            return Record.decode(unless_stale(lambda: read_bounded(path, MAX_RECORD_BYTES)))
+            return Record.decode(unless_stale(lambda: read_bounded(path, MAX_RECORD_BYTES), self._directory))
         except FileNotFoundError:
             return None
         except (OSError, StorageError, ManifestError) as error:

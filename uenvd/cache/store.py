@@ -24,6 +24,7 @@ from uenvd.cache.directory import PART_KEPT_S, UNUSED_KEPT_S, Directory
 from uenvd.cache.identity import CacheUser
 from uenvd.cache.memory import RegistryMemory
 from uenvd.cache.partial import Partial
+from uenvd.cache.partview import PartView
 from uenvd.cache.records import CachedImage
 from uenvd.cache.trust import require_trusted, why_not
 from uenvd.config import CacheConfig
@@ -212,6 +213,28 @@ class Store:
                     self._note_trouble(directory, error)
         assert failure is not None
         raise failure
+
+    def follow(self, descriptor: Descriptor) -> PartView | None:
+        """Return what others are writing of a blob into the shared directory, leased; the caller closes it. None if nobody does.
+
+        Raises `StorageError`.
+        """
+        if self.shared is None:
+            return None
+        with self._asking(self.shared):
+            return self.shared.blobs.follow(descriptor.digest, descriptor.size_bytes)
+
+    def look_anew(self, digest: str) -> None:
+        """Something has happened to a blob in the shared directory: the next question is asked at once. Does not block."""
+        if self.shared is not None:
+            self.shared.blobs.look_anew(digest)
+
+    def take_over(self, descriptor: Descriptor) -> Partial:
+        """As `begin`, but only into the shared directory, for who follows a writer there."""
+        if self.shared is None:
+            raise InUse(f"nobody can be followed who writes {descriptor.digest}")
+        with self._asking(self.shared, _HUNG_BEGIN_S):
+            return self.shared.begin(descriptor)
 
     def part_bytes(self, digest: str) -> int:
         """Return how many bytes an unfinished pull of the blob has (0 without one)."""

@@ -27,7 +27,7 @@ from uenvd.config import Config
 from uenvd.daemon import adoption, disk, exporter
 from uenvd.daemon.catalogue import Catalogue
 from uenvd.daemon.control import ControlServer
-from uenvd.daemon.lazy import Lazies
+from uenvd.daemon.lazies import Lazies
 from uenvd.daemon.mounter import Mounter
 from uenvd.daemon.notify import Inherited, Notifier, inherited
 from uenvd.daemon.peer import Identity

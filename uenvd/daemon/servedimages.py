@@ -21,7 +21,8 @@ from uenvd.cache.store import Store
 from uenvd.daemon import disk
 from uenvd.daemon.adoption import Adopted
 from uenvd.daemon.clones import Clones
-from uenvd.daemon.lazy import Lazies, Lazy
+from uenvd.daemon.lazies import Lazies
+from uenvd.daemon.lazy import Lazy
 from uenvd.daemon.metrics import METRICS
 from uenvd.daemon.mounter import Mounter
 from uenvd.daemon.peer import Identity
@@ -173,7 +174,7 @@ class ServedImages:
         served.worker = server = await self._servers.adopt(adopted, attached=attached)
         if served.lazy is not None:
             server.arrives(served.lazy)
-        if server.arriving and duty.blob is not None:
+        if server.arriving and duty.blob is not None and (served.lazy is None or served.lazy.done):
             await self._give_image(server, served.label, duty.blob)
         served.set_state("serving")
         self._all.add(served)

@@ -197,8 +197,7 @@ class ChannelServer:
     def arrives(self, lazy: Lazy) -> None:
         """The image is still arriving: pass on what is wanted and what has come. No checkpoint."""
         self._supervision.on_want = lazy.want
-        lazy.on_have = self._supervision.have
-        lazy.give_image = self._supervision.give_image
+        lazy.connect(self._supervision.have, self._supervision.give_image)
         memory = mmap.mmap(self._supervision.slots_fd, 0, prot=mmap.PROT_READ)
         slots = Slots(memory, len(memory) // Slots.size_bytes(1))
         self._nursery.start_soon(self._release_killed, lazy, slots)

@@ -94,7 +94,13 @@ class ArrivingSource(FileSource):
             if runs:
                 raise Missing(board.span(runs[0])[0], board.span(runs[-1])[1])
         size_bytes = max(0, min(size_bytes, board.size_bytes - pos_bytes))
-        data = os.pread(self.fd, size_bytes, pos_bytes)
+        try:
+            data = os.pread(self.fd, size_bytes, pos_bytes)
+        except OSError as error:
+            if error.errno != errno.ESTALE or board.complete or not numbers:
+                raise
+            # Removed on its server, because somebody else brings the image now: another file will come.
+            raise Missing(*board.span(numbers)) from error
         if len(data) != size_bytes:
             raise OSError(errno.EIO, f"the file of the image has become shorter, at {pos_bytes + len(data)}")
         return data

@@ -3,13 +3,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from uenvd.cache import claim
-from uenvd.cache.claim import FlockClaim, HeartbeatClaim, Holder, Watch, look_at
+from uenvd.cache import claim, identity
+from uenvd.cache.claim import FlockClaim, HeartbeatClaim, Holder, Watch, look_at, unless_stale
 from uenvd.cache.identity import CacheUser
 from uenvd.errors import InUse
 
@@ -177,3 +179,85 @@ def test_a_claim_given_back_while_the_disk_was_broken_is_free_at_once_when_it_is
     assert not again.inherited
     again.release()
     assert not path.exists()
+
+
+def test_a_beat_that_comes_late_touches_no_other_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of the descriptor belongs to somebody else when the claim was given back meanwhile."""
+    entered, go = threading.Event(), threading.Event()
+    utime = os.utime
+
+    def slow(fd: int) -> None:
+        entered.set()
+        assert go.wait(10)
+        utime(fd)
+
+    monkeypatch.setattr(claim, "BEAT_S", 0.01)
+    monkeypatch.setattr(os, "utime", slow)
+    held = HeartbeatClaim(path, OWN, Watch())
+    (beat,) = (thread for thread in threading.enumerate() if thread.name == "claim x")
+    assert entered.wait(10)
+    held.release()
+    with (path.parent / "other").open("wb") as other:
+        utime(other.fileno(), (1, 1))
+        go.set()
+        beat.join(10)
+        assert os.fstat(other.fileno()).st_mtime == 1
+
+
+def test_a_file_that_is_replaced_again_and_again_is_looked_up_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An NFS 4 client opens what it believes to have the name, and learns only at the next question that it is gone."""
+    refreshed: list[Path] = []
+    monkeypatch.setattr(claim, "refresh", refreshed.append)
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+
+    def work() -> str:
+        if len(refreshed) < 3:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return "read"
+
+    assert unless_stale(work, tmp_path) == "read"
+    assert refreshed == [tmp_path] * 3
+    assert sum(waited) < 0.5
+
+
+def test_what_stays_stale_or_fails_otherwise_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _s: None)
+    for number in (errno.ESTALE, errno.EIO):
+        with pytest.raises(OSError, match=os.strerror(number)):
+            unless_stale(lambda number=number: fail(number), tmp_path)  # type: ignore[misc]
+
+
+def fail(number: int) -> NoReturn:
+    raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="acts for another user")
+def test_a_claim_is_taken_and_renewed_as_the_user_of_the_cache(
+    public_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root is nobody on many file servers, also for the time of a file that is open."""
+    nobody, path = CacheUser(65534, 65534), public_dir / "x.claim"
+    os.chown(public_dir, 65534, 65534)
+    renewed_as: list[int] = []
+    third = threading.Event()
+
+    def note(_fd: int) -> None:
+        renewed_as.append(identity._current()[0])
+        if len(renewed_as) == 3:
+            third.set()
+
+    monkeypatch.setattr(claim, "BEAT_S", 0.01)
+    monkeypatch.setattr(os, "utime", note)
+    held = HeartbeatClaim(path, nobody, Watch())
+    try:
+        assert path.stat().st_uid == 65534
+        assert third.wait(10)
+        assert set(renewed_as) == {65534}
+    finally:
+        held.release()
+    assert identity._current()[0] == 0

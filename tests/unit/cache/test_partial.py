@@ -3,13 +3,14 @@ import hashlib
 import os
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from uenvd.cache import partmap
 from uenvd.cache.partial import Partial
 from uenvd.cache.partmap import map_of, received_bytes
-from uenvd.errors import DigestMismatch, InUse
+from uenvd.errors import DigestMismatch, InUse, StorageError
 from uenvd.oci.manifest import Descriptor
 
 DATA = bytes(range(256)) * 400
@@ -74,6 +75,29 @@ def test_after_a_power_failure_only_what_was_durable_counts(
     monkeypatch.setattr(partmap, "boot_id", lambda: "a-third-boot")
     with begin(tmp_path) as partial:
         assert list(partial.held) == [(0, 1000)], "what was durable stays so in a new map"
+
+
+class Interrupted(Partial):
+    """Other threads write while it makes durable what there is."""
+
+    def _flush(self) -> None:
+        super()._flush()
+        self.write_at(5000, DATA[5000:6000])
+        self.record()
+
+
+def test_what_is_written_while_the_rest_is_made_durable_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Interrupted(LAYER, tmp_path / "blob.part", tmp_path / "blob", LostClaim()) as partial:
+        partial.write_at(0, DATA[:1000])
+        partial.sync()
+        assert partial.undurable_bytes == 1000
+    with begin(tmp_path) as partial:
+        assert list(partial.held) == [(0, 1000), (5000, 6000)]
+    monkeypatch.setattr(partmap, "boot_id", lambda: "another-boot")
+    with begin(tmp_path) as partial:
+        assert list(partial.held) == [(0, 1000)]
 
 
 @pytest.mark.parametrize(
@@ -268,3 +292,107 @@ def test_a_write_that_hangs_holds_nobody_up_and_keeps_the_claim_until_it_ends(
         writer.join(20)
     assert claim.released
     assert partial.stuck_s == 0.0
+
+
+def break_once(monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
+    """Let a call fail once, as fsync(2) does: the next one says nothing of what was lost."""
+    real = getattr(os, call)
+    failed: list[int] = []
+
+    def fail_once(fd: int) -> None:
+        if failed:
+            real(fd)
+        else:
+            failed.append(fd)
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, fail_once)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("call", ["fdatasync", "fsync"])
+def test_what_could_not_be_stored_is_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    """NFS takes bytes and refuses them later; a disk that fails keeps them in memory only. Whoever asks again is told that all is well."""
+    with begin(tmp_path) as partial:
+        partial.write_at(0, DATA)
+        break_once(monkeypatch, call, number)
+        with pytest.raises(StorageError):
+            if call == "fsync":
+                partial.commit()
+            else:
+                partial.sync()
+        if call == "fdatasync":
+            with pytest.raises(StorageError, match="could not be stored"):
+                partial.commit()
+    assert list(tmp_path.iterdir()) == []
+    with begin(tmp_path) as partial:
+        assert partial.resumed_bytes == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE])
+@pytest.mark.parametrize("stat_works", [True, False])
+def test_a_file_that_a_successor_removed_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, stat_works: bool
+) -> None:
+    """NFS says it in several ways, and may still show the attributes from before."""
+    fstat = os.fstat
+    gone = OSError(number, os.strerror(number))
+
+    def link(*_args: object, **_kwargs: object) -> None:
+        partial.path.unlink()
+        if not stat_works:
+            monkeypatch.setattr(os, "fstat", lambda fd: fail(gone) if fd == partial._fd else fstat(fd))
+        raise gone
+
+    with begin(tmp_path) as partial:
+        partial.write(DATA)
+        monkeypatch.setattr(os, "link", link)
+        with pytest.raises(InUse, match="removed by a successor"):
+            partial.commit()
+    assert not (tmp_path / "blob").exists()
+
+
+def fail(error: OSError) -> NoReturn:
+    raise error
+
+
+def test_a_file_that_is_gone_while_it_is_read_back_belongs_to_a_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with begin(tmp_path) as partial:
+        partial.write_at(0, DATA)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", lambda *_args: fail(OSError(errno.ESTALE, os.strerror(errno.ESTALE))))
+            with pytest.raises(InUse, match="removed by a successor"):
+                partial.commit()
+
+
+@pytest.mark.parametrize("end", ["keep", "abort", "commit"])
+def test_an_end_that_the_server_refuses_at_the_last_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """close(2) of a file on NFS writes what is left, and says what became of it."""
+    close = os.close
+    claim = LostClaim()
+    partial = begin(tmp_path, claim)
+    partial.write_at(0, DATA[:HALF])
+    fd = partial._fd
+
+    def refuse(number: int) -> None:
+        close(number)
+        if number == fd:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", refuse)
+        if end == "commit":
+            partial.write_at(HALF, DATA[HALF:])
+            partial.commit()
+            assert (tmp_path / "blob").read_bytes() == DATA, "it was durable before it had its name"
+        else:
+            getattr(partial, end)()
+    assert claim.released
+    with begin(tmp_path) as partial:
+        assert partial.resumed_bytes == 0, "nobody knows what of it is there"

@@ -1,6 +1,8 @@
 import errno
+import fcntl
 import json
 import os
+import stat
 import threading
 import time
 from pathlib import Path
@@ -8,8 +10,10 @@ from typing import NoReturn
 
 import pytest
 
+from uenvd.cache import blobs as blobs_module
 from uenvd.cache import store as store_module
 from uenvd.cache.directory import Directory
+from uenvd.cache.leases import held_anywhere
 from uenvd.cache.memory import KEPT_S
 from uenvd.cache.store import PART_KEPT_S, UNUSED_KEPT_S, Store
 from uenvd.errors import DigestMismatch, InUse, NotFound, StorageError, StorageFull
@@ -320,6 +324,71 @@ def test_preparing_drops_what_nobody_will_finish(store: Store) -> None:
     assert {path.name[0] for path in parts.iterdir()} == {"2", "3"}
     assert not leftover.exists() and not old_answer.exists()
     busy.abort()
+
+
+def test_what_crashed_nodes_left_of_a_shared_directory_goes(tmp_path: Path) -> None:
+    """Also what an NFS client hid because somebody had it open, and files under a name for the time of writing."""
+    shared = Directory(tmp_path, node="a")
+    shared.prepare()
+    places = ("partial", "leases", "claims", "trash", "blobs/sha256", "images")
+    for place in places:
+        for name, kept_s in ((".nfs00000000000a0001000000ff", PART_KEPT_S), (".x.1.tmp", UNUSED_KEPT_S)):
+            (tmp_path / place / name).write_bytes(b"x")
+            age(tmp_path / place / name, kept_s + 10)
+    (young := tmp_path / "partial" / ".nfs00000000000a0002000000ff").write_bytes(b"x")
+    age(young, PART_KEPT_S - 10)
+    shared.sweep()
+    assert [path for place in places for path in (tmp_path / place).iterdir()] == [young]
+
+
+def test_a_blob_that_another_node_is_removing_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever name an NFS client still has for it."""
+    here, there = (Directory(tmp_path, node=name) for name in "ab")
+    here.prepare()
+    fill(Store(None, here))
+    path = here.blobs.path(LAYER.digest)
+
+    def look(*arguments: object, **how: object) -> dict[str, list[str]]:
+        (aside,) = (tmp_path / "trash").iterdir()
+        os.link(aside, path)
+        assert not there.blobs.has(LAYER.digest)
+        with pytest.raises(NotFound):
+            there.blobs.open(LAYER.digest)
+        path.unlink()
+        there.blobs._absent.clear()
+        assert there.blobs.leases is not None
+        there.blobs.leases.take(LAYER.digest[7:])
+        return held_anywhere(*arguments, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(blobs_module, "held_anywhere", look)
+    with pytest.raises(InUse, match="read by 1 other"):
+        here.blobs.remove(LAYER.digest)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    os.close(there.blobs.open(LAYER.digest))
+
+
+def test_a_part_with_the_name_of_the_blob_is_counted_once(store: Store) -> None:
+    fill(store)
+    used = store.usage()[0]
+    os.link(store.root / "blobs/sha256" / LAYER.digest[7:], store.root / "partial" / ".nfs1")
+    assert store.usage()[0] == used
+
+
+def test_nobody_asks_for_a_lock_in_a_shared_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the lock manager of a file server does not answer, whoever asks waits for ever."""
+    shared = Directory(tmp_path, node="a")
+    shared.prepare()
+    with shared.begin(LAYER) as partial:
+        monkeypatch.setattr(fcntl, "flock", lambda *_args: pytest.fail("a lock was asked for"))
+        os.close(partial.open_for_reader())
+        partial.write(DATA)
+        partial.commit()
+    os.close(shared.blobs.open(LAYER.digest))
+    shared.sweep()
 
 
 @pytest.mark.parametrize(

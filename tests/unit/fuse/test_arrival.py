@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -86,3 +87,29 @@ def test_only_chunks_on_the_board_are_read(board: OwnBoard, tmp_path: Path) -> N
         with pytest.raises(OSError, match="shorter"):
             source.read(40, 20)
     os.close(fd)
+
+
+def test_a_file_that_was_removed_on_its_server_is_waited_for(
+    board: OwnBoard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writer was succeeded by one who writes another file, which will be given."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def pread(_fd: int, _size: int, _position: int) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "pread", pread)
+    with ours, theirs, (tmp_path / "part").open("wb+") as file:
+        source = ArrivingSource(file.fileno(), shown(board), theirs)
+        board.set_here(1)
+        with pytest.raises(Missing) as missing:
+            source.read(12, 4)
+        assert (missing.value.first_byte, missing.value.end_byte) == (10, 30)
+        source.want(10, 30)
+        assert ours.recv(100) == WANT.pack(b"W", 10, 30)
+        source.woken()
+        source.want(10, 30)
+        assert ours.recv(100) == WANT.pack(b"W", 10, 30), "each time that it is looked for"
+        board.set_complete()
+        with pytest.raises(OSError, match="tale"):
+            source.read(12, 4)
