@@ -34,7 +34,17 @@ def test_lines_that_came_while_others_were_made_durable_are_not_durable() -> Non
 
 @pytest.mark.parametrize(
     "line",
-    [b"\0\0\0\n", b"d -1\n", b"d 1 2\n", b"w 1\n", b"w 5 5\n", b"w 0 1001\n", b"w -1 5\n", b"uenvd-map-1 1000 b\n", b"x" * 1000],
+    [
+        b"\0\0\0\n",
+        b"d -1\n",
+        b"d 1 2\n",
+        b"w 1\n",
+        b"w 5 5\n",
+        b"w 0 1001\n",
+        b"w -1 5\n",
+        b"uenvd-map-1 1000 b\n",
+        b"x" * 1000,
+    ],
 )
 def test_nothing_behind_damage_counts(line: bytes) -> None:
     reader = MapReader()
