@@ -195,7 +195,7 @@ def test_a_node_that_pulls_whole_is_followed_too_and_the_image_is_sent_once(
         until(lambda: fake.count("GET", image.blob_path), "it pulls")
         answer = other.ask("mount", uenv="app/1.0:v1")
         until(lambda: "pulls it; what has come is used" in second.log, "it is followed")
-        release(fake, Spoil(image.blob_path, bytes_per_s=3_000_000))
+        release(fake, Spoil(image.blob_path, bytes_per_s=1_000_000))
         assert other.ask("wait", lease=answer["lease"])["ok"]
         with session(NOBODY, other.descriptors[0], MOUNT_POINT) as inside:
             assert inside.eval(digest_in("f09")) == sha(image.files["f09"])

@@ -56,10 +56,10 @@ class Serve:
     def _server(self, image: Path, directory: Path, allow_other: bool) -> AbstractContextManager[int]:
         if self.how == "supervised":
             return supervised_at(self._forked, image, directory, allow_other=allow_other)
-        options = f"transport={self.how},workers={WORKERS},cache={CACHE_BYTES >> 20}" + (
-            ",allow_other" if allow_other else ""
-        )
-        return self._forked.mounted(image, directory, "-o", options)
+        options = [f"transport={self.how}", f"cache={CACHE_BYTES >> 20}"]
+        options += [f"workers={WORKERS}"] if self.how == "channel" else []
+        options += ["allow_other"] if allow_other else []
+        return self._forked.mounted(image, directory, "-o", ",".join(options))
 
     @property
     def pids(self) -> list[int]:

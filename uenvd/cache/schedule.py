@@ -98,9 +98,9 @@ class Schedule:
         if gap is None:
             return None
         self._begun = min(self._begun + 1, self._connections)
-        piece = self._piece_bytes * self._begun // self._connections
+        turn = self._piece_bytes * self._begun // self._connections
         share = (self.size_bytes - self.held.total_bytes) // self._connections
-        piece = max(MIN_PIECE_BYTES, min(piece, share))
+        piece = min(self._piece_bytes, max(MIN_PIECE_BYTES, min(turn, share)))
         if alone:
             piece = ALONE_PIECES * self._piece_bytes
         return self._begin(gap[0], min(gap[1], gap[0] + piece), urgent=False)
