@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from support import netfs
+from support.nfscache import prepare, quick_claims
 
 OPTIONS = {
     "nfs3": "vers=3,nolock,hard,timeo=50",
@@ -48,3 +49,13 @@ def root(server: netfs.Server, request: pytest.FixtureRequest) -> Iterator[Path]
     os.chown(place, netfs.USER, netfs.USER)
     yield netfs.SHARED / name
     shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture
+def three(nodes: list[netfs.Node], root: Path) -> Iterator[tuple[netfs.Node, netfs.Node, netfs.Node]]:
+    """Three nodes with one prepared directory, and the usual times."""
+    first, second, third = nodes
+    for node in nodes:
+        node.do(quick_claims, 30.0, 15.0, 2.0)
+        node.do(prepare, root, node.name)
+    yield first, second, third

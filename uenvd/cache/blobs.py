@@ -413,9 +413,8 @@ class Blobs:
     @as_user
     def used_bytes(self) -> int:
         """Return how many bytes blobs, parts and quarantine occupy."""
-        found: dict[
-            int, int
-        ] = {}  # a part that became a blob has two names for a moment; on NFS as long as a worker reads it
+        # A part that became a blob has two names for a moment; on NFS as long as a worker reads it.
+        found: dict[int, int] = {}
         with storage_errors(self.root, "looking at the cache in"):
             for directory in (self.directory, self.partial, self.quarantine):
                 with os.scandir(directory) as entries:
